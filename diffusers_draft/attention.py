@@ -1,0 +1,156 @@
+"""Draft attention: order, draft, select, attend, restore."""
+
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from . import kernels
+from .config import DraftConfig
+from .draft import block_means, draft_map
+from .layout import Grid, token_layout
+from .select import select
+
+
+def draft_attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    grid: Grid,
+    *,
+    sparsity: float = 0.9,
+    prefix: int = 0,
+    kv_len: Tensor | None = None,
+    tile: tuple[int, int] = (8, 16),
+    budget: Literal["head", "row"] = "head",
+    backend: str = "auto",
+    scale: float | None = None,
+) -> Tensor:
+    """Block-sparse self-attention over video tokens, guided by a low-resolution draft of itself (arXiv 2505.14708).
+
+    Equals dense attention under the selected block mask; at `sparsity=0` it equals dense attention.
+
+    Args:
+        query: `(B, S, H, D)` float32, float16 or bfloat16.
+        key: as `query`.
+        value: as `query`.
+        grid: `(T, Y, X)` frames, rows and columns of the video tokens, which lie in raster order.
+        sparsity: share of the video block pairs to skip, in [0, 1).
+        prefix: position of the first video token. Tokens before and behind the video (text, audio, references)
+            are always attended to, and attend to everything.
+        kv_len: `(B,)` integers on any device: how many leading tokens of each sample are valid keys, at least
+            `prefix + T * Y * X` (right-padded text). None if all are. Tokens behind it are never attended to.
+        tile: `(h, w)` height of a strip and size `h * w` of a block, a multiple of 16 tokens.
+        budget: `"head"` keeps the best pairs of each head's whole map (the paper), `"row"` the same number of key
+            blocks for every query block.
+        backend: `"auto"` or a name from `diffusers_draft.kernels.BACKENDS`.
+        scale: factor on the scores, `D ** -0.5` by default.
+
+    Returns:
+        `(B, S, H, D)`, contiguous, in the original token order.
+
+    Raises:
+        ValueError: for options out of range, and for tensors whose shapes do not fit each other or the grid.
+        ImportError: if the package of the chosen backend is missing.
+        RuntimeError: if the chosen backend cannot run on these tensors.
+    """
+    config = DraftConfig(sparsity=sparsity, tile=tile, budget=budget, backend=backend)
+    geometry = torch.tensor([*grid, prefix])
+    return attend(query, key, value, geometry, kv_len, config, scale)[0]
+
+
+def attend(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    geometry: Tensor,
+    kv_len: Tensor | None,
+    config: DraftConfig,
+    scale: float | None = None,
+) -> tuple[Tensor, Tensor]:
+    """Draft attention for callers under `torch.compile`: nothing here depends on the numbers in `geometry`.
+
+    Args:
+        query: `(B, S, H, D)`.
+        key: as `query`.
+        value: as `query`.
+        geometry: `(4,)` int64 on the CPU: T, Y, X and the prefix.
+        kv_len: `(B,)` leading valid keys or None.
+        config: sparsity, tile, budget and backend.
+        scale: factor on the scores, `D ** -0.5` by default.
+
+    Returns:
+        The attention, `(B, S, H, D)`, and `kv_num_blocks`, `(B, H, N)` int32: what was really computed.
+    """
+    # Only compiled graphs need the opaque operator. Eager calls stay transparent to autograd.
+    run = _attend_op if torch.compiler.is_compiling() else _attend
+    return run(
+        query, key, value, geometry, kv_len, config.sparsity, list(config.tile), config.budget, config.backend, scale
+    )
+
+
+def _attend(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    geometry: Tensor,
+    kv_len: Tensor | None,
+    sparsity: float,
+    tile: list[int],
+    budget: str,
+    backend: str,
+    scale: float | None,
+) -> tuple[Tensor, Tensor]:
+    frames, rows, columns, prefix = geometry.tolist()
+    _check_tensors(query, key, value, kv_len, prefix + frames * rows * columns)
+    _, seq_len, _, head_dim = query.shape
+    scale = head_dim**-0.5 if scale is None else scale
+    layout = token_layout((frames, rows, columns), prefix, seq_len, (tile[0], tile[1]), query.device)
+    kernel = kernels.choose(backend, query.device, query.dtype, head_dim, layout.block)
+
+    query, key, value = (_reorder(tensor, layout.order) for tensor in (query, key, value))
+    with torch.no_grad():
+        means = [block_means(tensor, layout.num_video_blocks, layout.block) for tensor in (query, key)]
+        mask = select(draft_map(*means, scale), sparsity, budget, seq_len=seq_len, block=layout.block, kv_len=kv_len)
+    out = kernel.forward(query, key, value, mask, scale)
+    return _reorder(out, layout.inverse), mask.kv_num_blocks
+
+
+def _reorder(tokens: Tensor, order: Tensor) -> Tensor:
+    return tokens.index_select(1, order)
+
+
+_attend_op = torch.library.custom_op("diffusers_draft::attend", _attend, mutates_args=())
+
+
+@_attend_op.register_fake
+def _(query, key, value, geometry, kv_len, sparsity, tile, budget, backend, scale):
+    batch, seq_len, heads, _ = query.shape
+    block = tile[0] * tile[1]
+    counts = query.new_empty((batch, heads, (seq_len + block - 1) // block), dtype=torch.int32)
+    return query.new_empty(query.shape), counts
+
+
+def _check_tensors(query: Tensor, key: Tensor, value: Tensor, kv_len: Tensor | None, video_end: int) -> None:
+    if query.dim() != 4 or not query.shape == key.shape == value.shape:
+        raise ValueError(
+            "query, key and value must have one shape (B, S, H, D), got "
+            f"{tuple(query.shape)}, {tuple(key.shape)} and {tuple(value.shape)}."
+        )
+    for name in ("dtype", "device"):
+        found = [getattr(tensor, name) for tensor in (query, key, value)]
+        if len(set(found)) > 1:
+            raise ValueError(f"query, key and value must have the same {name}, got {', '.join(map(str, found))}.")
+    if kv_len is None:
+        return
+    if kv_len.shape != (query.shape[0],) or kv_len.is_floating_point():
+        raise ValueError(
+            f"kv_len must hold one integer for each of the {query.shape[0]} samples, got shape "
+            f"{tuple(kv_len.shape)} and dtype {kv_len.dtype}."
+        )
+    # Lengths on an accelerator are not read: that would wait for the device.
+    if kv_len.device.type == "cpu" and not (video_end <= int(kv_len.min()) and int(kv_len.max()) <= query.shape[1]):
+        raise ValueError(
+            f"kv_len must lie between prefix + T * Y * X = {video_end} and S = {query.shape[1]}, got "
+            f"{kv_len.tolist()}: only tokens behind the video can be padding."
+        )

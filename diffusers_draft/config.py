@@ -1,0 +1,61 @@
+"""All options and their checks."""
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Literal
+
+from .kernels import check_name
+from .select import BUDGETS
+
+
+@dataclass(frozen=True, kw_only=True)
+class DraftConfig:
+    """Settings of draft attention. `None` means the default of the model family.
+
+    Attributes:
+        sparsity: share of the video block pairs to skip, in [0, 1). The paper uses 0.9 for HunyuanVideo and 0.75
+            for Wan.
+        budget: `"head"` keeps the best pairs of each head's whole map (the paper); `"row"` keeps the same number of
+            key blocks for every query block.
+        tile: `(h, w)` tokens; blocks are patches of about this shape, `h * w` a multiple of 16.
+        dense_steps: share of the run's steps, from its start, that stay dense, in [0, 1]. Overrides `dense_timestep`.
+        dense_timestep: steps whose timestep is above this stay dense, in the scheduler's units.
+        dense_layers: layers that stay dense, as indices into the model's self-attention layers in execution order.
+        backend: `"auto"` or a name from `diffusers_draft.kernels.BACKENDS`.
+
+    Raises:
+        ValueError: if an option is out of range; the message says what was expected and what came.
+    """
+
+    sparsity: float = 0.9
+    budget: Literal["head", "row"] = "head"
+    tile: tuple[int, int] = (8, 16)
+    dense_steps: float | None = None
+    dense_timestep: float | None = None
+    dense_layers: Iterable[int] | None = None
+    backend: str = "auto"
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.sparsity < 1:
+            raise ValueError(f"sparsity must be in [0, 1), got {self.sparsity!r}. Use 0.9 to skip 90 % of the pairs.")
+        if self.budget not in BUDGETS:
+            raise ValueError(f"Unknown budget {self.budget!r}. Expected one of {', '.join(map(repr, BUDGETS))}.")
+        if len(self.tile) != 2 or min(self.tile) < 1 or self.tile[0] * self.tile[1] % 16:
+            raise ValueError(
+                f"tile must be (height, width) with height * width a multiple of 16 tokens, got {self.tile!r}. "
+                "The paper uses (8, 16)."
+            )
+        if self.dense_steps is not None and not 0 <= self.dense_steps <= 1:
+            raise ValueError(f"dense_steps is a share of the run and must be in [0, 1], got {self.dense_steps!r}.")
+        check_name(self.backend)
+        object.__setattr__(self, "tile", tuple(self.tile))
+        if self.dense_layers is not None:
+            layers = tuple(sorted(set(self.dense_layers)))
+            if any(not isinstance(layer, int) or layer < 0 for layer in layers):
+                raise ValueError(f"dense_layers must be layer indices from 0 on, got {layers!r}.")
+            object.__setattr__(self, "dense_layers", layers)
+
+    @classmethod
+    def hunyuan_custom(cls, sparsity: float = 0.9) -> "DraftConfig":
+        """Settings of the paper's code for HunyuanCustom: dense while the timestep is above 975."""
+        return cls(sparsity=sparsity, dense_timestep=975.0)

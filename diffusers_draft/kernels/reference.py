@@ -1,0 +1,17 @@
+"""The oracle: softmax attention under the expanded mask, in float32, with everything of size S x S."""
+
+import torch
+from torch import Tensor
+
+from ..block_mask import BlockMask
+
+
+def forward(query: Tensor, key: Tensor, value: Tensor, mask: BlockMask, scale: float) -> Tensor:
+    """Attends densely under `mask`; tensors are `(B, S, H, D)` in block order."""
+    token_block = torch.arange(mask.seq_len, device=query.device) // mask.block
+    kept = mask.to_dense()[:, :, token_block][..., token_block]
+    valid = torch.arange(mask.seq_len, device=query.device) < mask.valid_len[:, None]
+    kept &= valid[:, None, None, :]
+    scores = torch.einsum("bqhd,bkhd->bhqk", query.float(), key.float()) * scale
+    weights = torch.softmax(scores.masked_fill(~kept, float("-inf")), dim=-1)
+    return torch.einsum("bhqk,bkhd->bqhd", weights, value.float()).to(query.dtype)

@@ -1,0 +1,95 @@
+"""From the draft map to the block pairs that are kept: one function per budget, then one list per query block."""
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from .block_mask import BlockMask
+
+OWN_BLOCK = 2.0
+"""A score above every softmax value: a query block always keeps its own block."""
+
+
+def head_budget(scores: Tensor, sparsity: float) -> Tensor:
+    """Keeps the largest pairs of each head's whole map, `max(Nv, round((1 - sparsity) * Nv**2))` of them (the paper).
+
+    Args:
+        scores: `(B, H, Nv, Nv)` float32.
+        sparsity: share of the pairs to skip.
+
+    Returns:
+        `(B, H, P)` int64 kept pairs `row * Nv + column`, ascending.
+    """
+    n = scores.shape[-1]
+    count = max(n, round((1 - sparsity) * n * n))
+    return scores.flatten(2).topk(count, sorted=False).indices.sort().values
+
+
+def row_budget(scores: Tensor, sparsity: float) -> Tensor:
+    """Keeps the `max(1, round((1 - sparsity) * Nv))` largest key blocks of every query block.
+
+    Args:
+        scores: `(B, H, Nv, Nv)` float32.
+        sparsity: share of the pairs to skip.
+
+    Returns:
+        `(B, H, P)` int64 kept pairs `row * Nv + column`, ascending.
+    """
+    n = scores.shape[-1]
+    count = max(1, round((1 - sparsity) * n))
+    columns = scores.topk(count, sorted=False).indices.sort().values
+    rows = torch.arange(n, device=scores.device)[:, None]
+    return (rows * n + columns).flatten(2)
+
+
+BUDGETS: dict[str, Callable[[Tensor, float], Tensor]] = {"head": head_budget, "row": row_budget}
+
+
+def select(
+    draft: Tensor, sparsity: float, budget: str, *, seq_len: int, block: int, kv_len: Tensor | None = None
+) -> BlockMask:
+    """Chooses the kept block pairs: video pairs by their draft score, all pairs with an anchor block.
+
+    Args:
+        draft: `(B, H, Nv, Nv)` float32 draft map; its diagonal is overwritten.
+        sparsity: share of the video pairs to skip, in [0, 1).
+        budget: a key of `BUDGETS`.
+        seq_len: tokens in the sequence, video first.
+        block: tokens per block.
+        kv_len: `(B,)` leading valid keys, at least the video tokens and the prefix; None if all are valid.
+    """
+    batch, heads, num_video, _ = draft.shape
+    num_blocks = -(-seq_len // block)
+    num_anchors = num_blocks - num_video
+    device = draft.device
+
+    kv_indices = torch.zeros(batch, heads, num_blocks, num_blocks, dtype=torch.int32, device=device)
+    kv_indices[:, :, num_video:] = torch.arange(num_blocks, dtype=torch.int32, device=device)
+    kv_num_blocks = torch.full((batch, heads, num_blocks), num_blocks, dtype=torch.int32, device=device)
+    if num_video:
+        draft.diagonal(dim1=-2, dim2=-1).fill_(OWN_BLOCK)
+        kept = BUDGETS[budget](draft, sparsity)
+        counts = _fill_rows(kv_indices, kept, num_video)
+        anchors = torch.arange(num_anchors, device=device)
+        kv_indices[:, :, :num_video].scatter_(
+            -1, counts[..., None] + anchors, (num_video + anchors).int().expand(batch, heads, num_video, -1)
+        )
+        kv_num_blocks[:, :, :num_video] = counts + num_anchors
+    if kv_len is not None:
+        kv_len = kv_len.to(device=device, dtype=torch.int32)
+        # Blocks of padding are the last ones of every list, so leaving them out only shortens the lists.
+        kv_num_blocks -= (num_blocks - (kv_len + block - 1) // block)[:, None, None]
+    return BlockMask(kv_num_blocks, kv_indices, kv_len, seq_len, block)
+
+
+def _fill_rows(kv_indices: Tensor, kept: Tensor, num_video: int) -> Tensor:
+    """Writes the kept pairs to the front of their rows; returns the `(B, H, Nv)` int64 number in each row."""
+    batch, heads, _ = kept.shape
+    rows, columns = kept // num_video, kept % num_video
+    counts = torch.zeros(batch, heads, num_video, dtype=torch.int64, device=kept.device)
+    counts.scatter_add_(2, rows, torch.ones_like(rows))
+    row_start = counts.cumsum(2) - counts
+    slot = torch.arange(kept.shape[2], device=kept.device) - row_start.gather(2, rows)
+    kv_indices.view(batch, heads, -1).scatter_(2, rows * kv_indices.shape[-1] + slot, columns.int())
+    return counts
