@@ -39,9 +39,7 @@ class BlockMask:
 
     def density(self) -> Tensor:
         """Scalar float32: computed block pairs over all pairs of query blocks and blocks with valid keys."""
-        heads, query_blocks = self.kv_num_blocks.shape[1:]
-        possible = (self.tail_block + 1).sum() * heads * query_blocks
-        return self.kv_num_blocks.sum() / possible
+        return density(self.kv_num_blocks, self.tail_block + 1)
 
     def to_dense(self) -> Tensor:
         """`(B, H, N, N)` bool: is this key block kept for this query block?"""
@@ -50,3 +48,17 @@ class BlockMask:
         columns = torch.where(listed, self.kv_indices, num_blocks).long()
         kept = torch.zeros(*columns.shape[:-1], num_blocks + 1, dtype=torch.bool, device=columns.device)
         return kept.scatter_(-1, columns, True)[..., :num_blocks]
+
+
+def density(kv_num_blocks: Tensor, valid_blocks: Tensor) -> Tensor:
+    """Share of block pairs that were computed.
+
+    Args:
+        kv_num_blocks: `(B, H, N)` computed key blocks of each query block.
+        valid_blocks: `(B,)` key blocks that hold a valid key.
+
+    Returns:
+        Scalar float32.
+    """
+    heads, query_blocks = kv_num_blocks.shape[1:]
+    return kv_num_blocks.sum() / (valid_blocks.sum() * heads * query_blocks)

@@ -1,0 +1,219 @@
+"""Enable, report, disable: finds the transformers, checks everything, and only then changes anything."""
+
+import sys
+from collections.abc import Iterable
+from typing import Any, Literal
+
+from torch import nn
+
+from .attach import Attachment, _Draft, check_parallel_config
+from .config import DraftConfig
+from .families import Family, families, family_of
+from .report import DraftReport, report_on
+from .schedule import Schedule
+
+
+class DraftHandle:
+    """Draft attention in a pipeline or transformer; also a context manager that disables it on exit.
+
+    Attributes:
+        config: the settings in force.
+    """
+
+    def __init__(self, config: DraftConfig, attachments: dict[str, Attachment]) -> None:
+        self.config = config
+        self._attachments = attachments
+
+    def report(self) -> DraftReport:
+        """Says what happened so far: density, layers, steps, backend. Waits for the device."""
+        return DraftReport(tuple(report_on(name, attachment) for name, attachment in self._attachments.items()))
+
+    def disable(self) -> None:
+        """Restores the stock attention bit for bit. Harmless when done twice or after enabling again.
+
+        Raises:
+            RuntimeError: if called while a forward of the transformer is running.
+        """
+        for attachment in self._attachments.values():
+            _check_not_running(attachment.transformer())
+        for attachment in self._attachments.values():
+            attachment.detach()
+
+    def __enter__(self) -> "DraftHandle":
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self.disable()
+
+
+def enable_draft_attention(
+    pipe: Any,
+    sparsity: float = 0.9,
+    *,
+    budget: Literal["head", "row"] = "head",
+    tile: tuple[int, int] = (8, 16),
+    dense_steps: float | None = None,
+    dense_timestep: float | None = None,
+    dense_layers: Iterable[int] | None = None,
+    backend: str = "auto",
+    config: DraftConfig | None = None,
+) -> DraftHandle:
+    """Makes the video self-attention of a pipeline block-sparse, in place (DraftAttention, arXiv 2505.14708).
+
+    Enabling again replaces the settings. Nothing is added to the model's parameters, state dict or config.
+
+    Args:
+        pipe: a diffusers pipeline, modular pipeline or transformer. All transformers of a pipeline are patched.
+        sparsity: share of the video block pairs to skip, in [0, 1).
+        budget: `"head"` or `"row"`, see `DraftConfig`.
+        tile: `(h, w)` tokens of a block, see `DraftConfig`.
+        dense_steps: share of the run's steps, from its start, that stay dense.
+        dense_timestep: steps whose timestep is above this stay dense; by default what the paper's code does.
+        dense_layers: indices of self-attention layers that stay dense; by default what the paper's code does.
+        backend: `"auto"` or a name from `diffusers_draft.kernels.BACKENDS`.
+        config: all settings in one object, instead of the arguments above.
+
+    Returns:
+        A handle with `report()` and `disable()`.
+
+    Raises:
+        TypeError: if `pipe` has no transformer that draft attention knows; the message lists those it knows.
+        ValueError: if an option is out of range, or an attention layer has a processor that is not the stock one.
+        ImportError: if the chosen backend's package is missing.
+        NotImplementedError: under ring attention.
+        RuntimeError: if called while a forward of the transformer is running.
+    """
+    given = DraftConfig(
+        sparsity=sparsity,
+        budget=budget,
+        tile=tile,
+        dense_steps=dense_steps,
+        dense_timestep=dense_timestep,
+        dense_layers=dense_layers,
+        backend=backend,
+    )
+    if config is not None and given != DraftConfig():
+        raise ValueError("Pass either config or single options, not both.")
+    config = config or given
+
+    found = _transformers(pipe)
+    schedules: dict[str, Schedule] = {}
+    attachments = {}
+    for name, (transformer, family) in found.items():
+        _check_not_running(transformer)
+        if family.name not in schedules:
+            limit = family.dense_timestep if config.dense_timestep is None else config.dense_timestep
+            schedules[family.name] = Schedule(pipe, config.dense_steps, limit)
+        sparse, dense = _layers(transformer, family, config)
+        attachments[name] = Attachment(transformer, family, config, schedules[family.name], sparse, dense)
+
+    replaced = [old for transformer, _ in found.values() if (old := _attachment(transformer))]
+    for old in replaced:
+        old.detach()
+    try:
+        for attachment in attachments.values():
+            attachment.attach()
+    except BaseException:
+        for attachment in attachments.values():
+            attachment.detach()
+        for old in replaced:
+            old.attach()
+        raise
+    return DraftHandle(config, attachments)
+
+
+def disable_draft_attention(pipe: Any) -> None:
+    """Restores the stock attention of a pipeline or transformer bit for bit. Harmless if it is not patched.
+
+    Args:
+        pipe: what was given to `enable_draft_attention`.
+
+    Raises:
+        TypeError: if `pipe` has no transformer that draft attention knows.
+        RuntimeError: if called while a forward of the transformer is running.
+    """
+    transformers = [transformer for transformer, _ in _transformers(pipe).values()]
+    for transformer in transformers:
+        _check_not_running(transformer)
+    for transformer in transformers:
+        if attachment := _attachment(transformer):
+            attachment.detach()
+
+
+def _transformers(pipe: Any) -> dict[str, tuple[nn.Module, Family]]:
+    """The known transformers in a pipeline, or the one that was given, by component name."""
+    components = {"transformer": pipe} if isinstance(pipe, nn.Module) else getattr(pipe, "components", None)
+    if not isinstance(components, dict):
+        raise TypeError(f"Expected a diffusers pipeline or transformer, got {type(pipe).__name__}.")
+    modules = {
+        name: getattr(component, "_orig_mod", component)  # torch.compile(transformer) wraps it
+        for name, component in components.items()
+        if isinstance(component, nn.Module)
+    }
+    found = {name: (module, family) for name, module in modules.items() if (family := family_of(module))}
+    if not found:
+        candidates = [type(module).__name__ for name, module in modules.items() if "transformer" in name]
+        raise TypeError(
+            f"Draft attention does not know {', '.join(candidates) or type(pipe).__name__}. "
+            f"It knows {', '.join(families())}."
+        )
+    return found
+
+
+def _layers(
+    transformer: nn.Module, family: Family, config: DraftConfig
+) -> tuple[dict[str, Any], tuple[str, ...]]:
+    """Stock processors of the layers to make sparse, by module path, and the paths of those that stay dense."""
+    paths = [path for pattern in family.layers for path in _expand(transformer, pattern)]
+    if config.dense_layers is None:
+        dense = set(family.dense_layers)
+    else:
+        wrong = [index for index in config.dense_layers if index >= len(paths)]
+        if wrong:
+            raise ValueError(f"dense_layers has {wrong}, but {type(transformer).__name__} has {len(paths)} layers.")
+        dense = {paths[index] for index in config.dense_layers}
+    attached = _attachment(transformer)
+    sparse = {}
+    for path in paths:
+        processor = transformer.get_submodule(path).processor
+        if attached and processor is attached.processors.get(path):
+            processor = processor._restored(attached.originals[path])
+        if isinstance(processor, _Draft) or not _is_stock(processor, family):
+            raise ValueError(
+                f"Layer {path} of {type(transformer).__name__} has the processor {type(processor).__name__}, but draft "
+                f"attention needs diffusers' own {family.processor}. Undo what replaced it first."
+            )
+        check_parallel_config(getattr(processor, "_parallel_config", None))
+        if path not in dense:
+            sparse[path] = processor
+    return sparse, tuple(path for path in paths if path in dense)
+
+
+def _is_stock(processor: Any, family: Family) -> bool:
+    stock = type(processor)
+    return (
+        stock.__module__.startswith("diffusers.")
+        and stock.__name__ == family.processor
+        and "dispatch_attention_fn" in stock.__call__.__code__.co_names
+    )
+
+
+def _expand(transformer: nn.Module, pattern: str) -> list[str]:
+    """`"blocks.*.attn1"` -> `["blocks.0.attn1", "blocks.1.attn1", ...]`."""
+    blocks, layer = pattern.split(".*.")
+    return [f"{blocks}.{index}.{layer}" for index in range(len(transformer.get_submodule(blocks)))]
+
+
+def _attachment(transformer: nn.Module) -> Attachment | None:
+    hooks = transformer._forward_pre_hooks.values()
+    return next((hook for hook in hooks if isinstance(hook, Attachment)), None)
+
+
+def _check_not_running(transformer: nn.Module | None) -> None:
+    frame = sys._getframe()
+    while frame := frame.f_back:
+        if transformer is not None and frame.f_locals.get("self") is transformer:
+            raise RuntimeError(
+                f"A forward of {type(transformer).__name__} is running. Enable or disable draft attention between "
+                "forwards, for example in callback_on_step_end."
+            )

@@ -1,0 +1,271 @@
+"""How a stock attention processor gets our attention call, and how a forward learns its grid.
+
+Every modern diffusers processor ends in one call of the module global `dispatch_attention_fn`. A subclass runs
+upstream's own `__call__` code with that one name bound to ours, so that nothing upstream does is copied here.
+"""
+
+import copyreg
+import functools
+import inspect
+import itertools
+import sys
+import types
+import weakref
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from .attention import attend
+from .config import DraftConfig
+from .families import Family
+from .schedule import Schedule
+
+_numbers = itertools.count()
+_by_number: "weakref.WeakValueDictionary[int, Attachment]" = weakref.WeakValueDictionary()
+
+
+class State:
+    """What compiled code reads and writes: bools and tensors, so that no layer and no resolution recompiles."""
+
+    def __init__(self) -> None:
+        self.sparse = False
+        self.geometry = torch.zeros(4, dtype=torch.int64)
+        self.kv_len: Tensor | None = None
+        self.processor: Any = None
+        self.kind: tuple[torch.dtype, int] | None = None
+
+
+class Attachment:
+    """Draft attention in one transformer: its forward pre-hook, its patched layers and what they counted.
+
+    Attributes:
+        originals: stock processor of each sparse layer, by module path, in execution order.
+        dense_layers: module paths of the layers left alone.
+    """
+
+    def __init__(
+        self,
+        transformer: nn.Module,
+        family: Family,
+        config: DraftConfig,
+        schedule: Schedule,
+        originals: dict[str, Any],
+        dense_layers: tuple[str, ...],
+    ) -> None:
+        self.transformer = weakref.ref(transformer)
+        self.family = family
+        self.config = config
+        self.schedule = schedule
+        self.originals = originals
+        self.dense_layers = dense_layers
+        self.state = State()
+        self.steps = {"dense": 0, "sparse": 0}
+        self.forwards = {"dense": 0, "sparse": 0}
+        self.masked_calls = 0
+        self._last_step: Any = None
+        self._clock = torch.zeros((), dtype=torch.int64)
+        self._parameters = tuple(inspect.signature(type(transformer).forward).parameters)[1:]
+        self._number = next(_numbers)
+        _by_number[self._number] = self
+        self._shadows: dict[type, str] = {}
+        classes = {type(original) for original in originals.values()}
+        patched = {stock: self._patched_class(stock) for stock in classes}
+        self.processors = {path: patched[type(original)]._of(original) for path, original in originals.items()}
+        self._hook: Any = None
+
+    def attach(self) -> None:
+        """Puts the processors and the hook in place, or nothing if any of it fails."""
+        transformer = self.transformer()
+        try:
+            for path, processor in self.processors.items():
+                transformer.get_submodule(path).processor = processor
+            self._hook = transformer.register_forward_pre_hook(self, with_kwargs=True)
+        except BaseException:
+            self.detach()
+            raise
+
+    def detach(self) -> None:
+        """Restores every stock processor that is still replaced by ours. Harmless when done twice."""
+        transformer = self.transformer()
+        if self._hook is not None:
+            self._hook.remove()
+            self._hook = None
+        if transformer is not None:
+            for path, processor in self.processors.items():
+                module = transformer.get_submodule(path)
+                if module.processor is processor:
+                    module.processor = processor._restored(self.originals[path])
+        for name in self._shadows.values():
+            sys.modules.pop(name, None)
+
+    @property
+    def attached(self) -> bool:
+        return self._hook is not None
+
+    def __call__(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        """The forward pre-hook. Runs eagerly before a forward, or is traced when the whole model is compiled."""
+        inputs = dict(zip(self._parameters, args, strict=False)) | kwargs
+        frames, rows, columns = self.family.grid(inputs, module.config)
+        self.state.geometry = torch.tensor([frames, rows, columns, self.family.prefix])
+        self.state.kv_len = self.family.kv_len(inputs, frames * rows * columns)
+        dense = self.schedule.is_dense(inputs["timestep"])
+        self.state.sparse = not dense
+        if torch.compiler.is_compiling():
+            _count_op(self._clock, self._number, dense)
+        else:
+            self.count(dense)
+
+    def count(self, dense: bool) -> None:
+        """Counts one forward and, when the scheduler has moved on, one step."""
+        kind = "dense" if dense else "sparse"
+        self.forwards[kind] += 1
+        step = self.schedule.observe()
+        key = object() if step is None else (*self.schedule._run, step)
+        if key != self._last_step:
+            self._last_step = key
+            self.steps[kind] += 1
+        for processor in self.processors.values():
+            self.masked_calls += processor.masked
+            processor.masked = False
+
+    def __reduce__(self) -> Any:
+        # A copy or a pickle of a patched transformer is a stock transformer.
+        return (_Nothing, ())
+
+    def _patched_class(self, stock: type) -> type:
+        """Subclasses a stock processor; its `__call__` is upstream's code with our dispatch."""
+        upstream = stock.__call__
+        dispatch = _dispatch(self.state, self.config, upstream.__globals__["dispatch_attention_fn"])
+        call = _with_global(upstream, f"{__name__}.{stock.__name__}_{self._number}", dispatch)
+        self._shadows[stock] = call.__globals__["__name__"]
+        state = self.state
+
+        @functools.wraps(upstream)
+        def __call__(processor: Any, *args: Any, **kwargs: Any) -> Any:
+            state.processor = processor
+            return call(processor, *args, **kwargs)
+
+        return type(f"Draft{stock.__name__}", (_Draft, stock), {"__call__": __call__, "_stock": stock})
+
+
+class _Draft:
+    """Mixed into a stock processor class."""
+
+    _stock: type
+    masked: bool
+    kv_num_blocks: Tensor | None
+
+    @classmethod
+    def _of(cls, original: Any) -> Any:
+        processor = cls.__new__(cls)
+        processor.__dict__.update(original.__dict__, masked=False, kv_num_blocks=None)
+        return processor
+
+    def _restored(self, original: Any) -> Any:
+        """The original, with what was set on us meanwhile, such as an attention backend."""
+        original.__dict__.update({k: v for k, v in self.__dict__.items() if k not in ("masked", "kv_num_blocks")})
+        return original
+
+    def __reduce__(self) -> Any:
+        attributes = {k: v for k, v in self.__dict__.items() if k not in ("masked", "kv_num_blocks")}
+        return (copyreg.__newobj__, (self._stock,), attributes)
+
+
+class _Nothing:
+    """A hook that does nothing."""
+
+    def __call__(self, *args: Any) -> None: ...
+
+
+def _with_global(function: Any, module_name: str, dispatch: Callable[..., Tensor]) -> Any:
+    """Makes `function` again, in a module of its own where `dispatch_attention_fn` is ours.
+
+    A real module in `sys.modules`, because `torch.compile` looks up the globals of a function by module name.
+    """
+    shadow = types.ModuleType(module_name)
+    own = ("__name__", "__spec__", "__loader__", "__file__")
+    shadow.__dict__.update({name: value for name, value in function.__globals__.items() if name not in own})
+    shadow.__dict__["dispatch_attention_fn"] = dispatch
+    sys.modules[module_name] = shadow
+    copy = types.FunctionType(
+        function.__code__, shadow.__dict__, function.__name__, function.__defaults__, function.__closure__
+    )
+    copy.__kwdefaults__ = function.__kwdefaults__
+    return copy
+
+
+def _dispatch(state: State, config: DraftConfig, stock: Callable[..., Tensor]) -> Callable[..., Tensor]:
+    """Makes a stand-in for diffusers' `dispatch_attention_fn` (models/attention_dispatch.py), argument by argument."""
+
+    def dispatch_attention_fn(
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        attn_mask: Tensor | None = None,
+        dropout_p: float = 0.0,
+        is_causal: bool = False,
+        scale: float | None = None,
+        enable_gqa: bool = False,
+        attention_kwargs: dict[str, Any] | None = None,
+        *,
+        backend: Any = None,
+        parallel_config: Any = None,
+    ) -> Tensor:
+        # A mask over keys alone is the padding that `kv_len` already leaves out.
+        masked = attn_mask is not None and (state.kv_len is None or attn_mask.shape[-2] > 1)
+        if masked:
+            state.processor.masked = state.sparse
+        if masked or not state.sparse:
+            return stock(
+                query,
+                key,
+                value,
+                attn_mask=attn_mask,
+                dropout_p=dropout_p,
+                is_causal=is_causal,
+                scale=scale,
+                enable_gqa=enable_gqa,
+                attention_kwargs=attention_kwargs,
+                backend=backend,
+                parallel_config=parallel_config,
+            )
+        if dropout_p or is_causal or enable_gqa or attention_kwargs:
+            raise NotImplementedError(
+                "Draft attention has no dropout, causal or grouped-query attention and takes no attention_kwargs; got "
+                f"dropout_p={dropout_p}, is_causal={is_causal}, enable_gqa={enable_gqa}, {attention_kwargs=}."
+            )
+        check_parallel_config(parallel_config)
+        kv_len = None if state.kv_len is None else state.kv_len.to(query.device)
+        state.kind = (query.dtype, query.shape[-1])
+        out, state.processor.kv_num_blocks = attend(query, key, value, state.geometry, kv_len, config, scale)
+        return out
+
+    return dispatch_attention_fn
+
+
+def check_parallel_config(parallel_config: Any) -> None:
+    """Raises NotImplementedError for context parallelism."""
+    context_parallel = getattr(parallel_config, "context_parallel_config", None)
+    if context_parallel is None:
+        return
+    if getattr(context_parallel, "ring_degree", None) not in (None, 1):
+        raise NotImplementedError(
+            f"Draft attention cannot run with ring attention (ring_degree={context_parallel.ring_degree}): no rank sees "
+            "the whole sequence, so none can choose the best blocks. Disable draft attention or the ring."
+        )
+    raise NotImplementedError("Draft attention does not run under context parallelism yet. Disable one of the two.")
+
+
+@torch.library.custom_op("diffusers_draft::count", mutates_args={"clock"})
+def _count_op(clock: Tensor, number: int, dense: bool) -> None:
+    """Counts a forward of a compiled model; `clock` is there so that the graph keeps the call."""
+    clock.add_(1)
+    if number in _by_number:
+        _by_number[number].count(dense)
+
+
+@_count_op.register_fake
+def _(clock, number, dense):
+    pass
