@@ -23,7 +23,6 @@ from .families import Family
 from .schedule import Schedule
 
 _numbers = itertools.count()
-_by_number: "weakref.WeakValueDictionary[int, Attachment]" = weakref.WeakValueDictionary()
 
 
 class State:
@@ -65,10 +64,8 @@ class Attachment:
         self.forwards = {"dense": 0, "sparse": 0}
         self.masked_calls = 0
         self._last_step: Any = None
-        self._clock = torch.zeros((), dtype=torch.int64)
         self._parameters = tuple(inspect.signature(type(transformer).forward).parameters)[1:]
         self._number = next(_numbers)
-        _by_number[self._number] = self
         self._shadows: dict[type, str] = {}
         classes = {type(original) for original in originals.values()}
         patched = {stock: self._patched_class(stock) for stock in classes}
@@ -104,20 +101,19 @@ class Attachment:
     def attached(self) -> bool:
         return self._hook is not None
 
+    # `torch.compile` calls a module's hooks outside the graph of its forward, so this one may simply stay eager.
+    @torch.compiler.disable
     def __call__(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        """The forward pre-hook. Runs eagerly before a forward, or is traced when the whole model is compiled."""
+        """The forward pre-hook: learns the grid and the lengths, decides dense or sparse, and counts."""
         inputs = dict(zip(self._parameters, args, strict=False)) | kwargs
         frames, rows, columns = self.family.grid(inputs, module.config)
         self.state.geometry = torch.tensor([frames, rows, columns, self.family.prefix])
         self.state.kv_len = self.family.kv_len(inputs, frames * rows * columns)
         dense = self.schedule.is_dense(inputs["timestep"])
         self.state.sparse = not dense
-        if torch.compiler.is_compiling():
-            _count_op(self._clock, self._number, dense)
-        else:
-            self.count(dense)
+        self._count(dense)
 
-    def count(self, dense: bool) -> None:
+    def _count(self, dense: bool) -> None:
         """Counts one forward and, when the scheduler has moved on, one step."""
         kind = "dense" if dense else "sparse"
         self.forwards[kind] += 1
@@ -256,16 +252,3 @@ def check_parallel_config(parallel_config: Any) -> None:
             "the whole sequence, so none can choose the best blocks. Disable draft attention or the ring."
         )
     raise NotImplementedError("Draft attention does not run under context parallelism yet. Disable one of the two.")
-
-
-@torch.library.custom_op("diffusers_draft::count", mutates_args={"clock"})
-def _count_op(clock: Tensor, number: int, dense: bool) -> None:
-    """Counts a forward of a compiled model; `clock` is there so that the graph keeps the call."""
-    clock.add_(1)
-    if number in _by_number:
-        _by_number[number].count(dense)
-
-
-@_count_op.register_fake
-def _(clock, number, dense):
-    pass

@@ -3,7 +3,6 @@
 import weakref
 from typing import Any
 
-import torch
 from torch import Tensor
 
 
@@ -43,18 +42,12 @@ class Schedule:
 
         Args:
             timestep: the forward's argument, any shape; read (a GPU sync) only where no scheduler knows the step.
-
-        Raises:
-            RuntimeError: under whole-model compilation, if no scheduler knows the step.
         """
         if not self.has_dense_steps:
             return False
         scheduler = self.scheduler()
         if not hasattr(scheduler, "step_index"):
             return self._is_dense_value(timestep, scheduler)
-        if torch.compiler.is_compiling():
-            # `observe` runs inside the graph, so at a run's first step it has not read that run's timesteps yet.
-            return scheduler.step_index is None or scheduler.step_index < self.dense_until
         return self.observe() < self.dense_until
 
     def observe(self) -> int | None:
@@ -75,12 +68,6 @@ class Schedule:
         return next((i for i, t in enumerate(timesteps) if t <= self._dense_timestep), len(timesteps))
 
     def _is_dense_value(self, timestep: Tensor, scheduler: Any | None) -> bool:
-        if torch.compiler.is_compiling():
-            raise RuntimeError(
-                "Draft attention cannot read the timestep inside a compiled model, and no scheduler tells the step. "
-                "Enable it on the pipeline with a scheduler that has a step_index, pass dense_steps=0, or use "
-                "compile_repeated_blocks()."
-            )
         value = float(timestep.max())
         if self._dense_steps is None:
             return value > self._dense_timestep
