@@ -1,0 +1,48 @@
+"""The `diffusers-draft` command: one module of this package for each subcommand.
+
+A subcommand module has `add_parser(subparsers)`, which adds its parser and sets its function by
+`parser.set_defaults(run=run)`. `run` takes the parsed arguments and raises `CommandError` for what the user can mend.
+"""
+
+import argparse
+import importlib
+import sys
+from collections.abc import Sequence
+from typing import NoReturn
+
+from .. import __version__
+
+SUBCOMMANDS = ("demo", "bench")
+
+
+class CommandError(Exception):
+    """What the user asked for cannot be done. The message is one line that says why and what to do."""
+
+
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> NoReturn:
+        self.exit(2, f"{self.prog}: error: {message}\n")
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs one subcommand.
+
+    Args:
+        argv: the arguments without the program's name; by default those of the process.
+
+    Returns:
+        The exit code 0. Errors that the user can mend end the process with code 2 and one line on stderr.
+    """
+    argv = sys.argv[1:] if argv is None else list(argv)
+    parser = _Parser(prog="diffusers-draft", description="Block-sparse attention for diffusers video transformers.")
+    parser.add_argument("--version", action="version", version=__version__)
+    subparsers = parser.add_subparsers(required=True, metavar="command")
+    # Only the subcommand that was asked for is imported; all of them for --help and for a wrong name.
+    for name in argv[:1] if argv[:1] and argv[0] in SUBCOMMANDS else SUBCOMMANDS:
+        importlib.import_module(f".{name}", __name__).add_parser(subparsers)
+    args = parser.parse_args(argv)
+    try:
+        args.run(args)
+    except CommandError as error:
+        parser.error(str(error))
+    return 0

@@ -1,0 +1,93 @@
+"""`diffusers-draft demo`: one small video, dense and with draft attention, side by side."""
+
+import argparse
+from pathlib import Path
+
+from .. import DraftConfig, enable_draft_attention
+from . import CommandError
+
+GIF = "dense-and-draft.gif"
+PICTURE = "draft-map.png"
+
+
+def add_parser(subparsers: argparse._SubParsersAction) -> None:
+    """Adds `demo` to the command line."""
+    parser = subparsers.add_parser(
+        "demo",
+        help="generate a small video dense and with draft attention",
+        description="Generates a small video on the CPU, dense and with draft attention from the same seed, with "
+        f"random weights and without downloads. Writes {GIF} and {PICTURE}.",
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+    )
+    parser.add_argument("--sparsity", type=float, default=0.9, help="share of the video block pairs to skip")
+    parser.add_argument("--steps", type=int, default=6, help="denoising steps")
+    parser.add_argument("--seed", type=int, default=0, help="seed of the noise")
+    parser.add_argument("--frames", type=int, default=17, help="frames of the video, an odd number")
+    parser.add_argument("--height", type=int, default=96, help="height in pixels, a multiple of 16")
+    parser.add_argument("--width", type=int, default=208, help="width in pixels, a multiple of 16")
+    parser.add_argument("--output", type=Path, default=Path("out"), metavar="DIR", help="where the files go")
+    parser.set_defaults(run=run)
+
+
+def run(args: argparse.Namespace) -> None:
+    """Generates the two videos, prints what happened and writes the pictures.
+
+    Raises:
+        CommandError: for arguments out of range, a missing package or a folder that cannot be written.
+    """
+    config = _checked_config(args)
+    try:
+        from ..demo import model, pictures
+        from ..demo.capture import captured
+        from ..demo.run import generate, psnr
+    except ImportError as error:
+        raise CommandError(f"{error}. Install what the demo needs: pip install 'diffusers-draft[demo]'") from error
+    try:
+        args.output.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise CommandError(f"cannot write to --output {args.output}: {error.strerror}") from error
+
+    pipe = model.demo_pipeline()
+    inputs = model.demo_inputs(pipe, args.frames, args.height, args.width, seed=args.seed)
+    with captured(pipe.transformer.blocks[1].attn1) as tensors:
+        dense = generate(pipe, inputs, args.steps, "dense")
+    with enable_draft_attention(pipe, config=config) as handle:
+        draft = generate(pipe, inputs, args.steps, "draft attention")
+        report = handle.report()
+
+    speedup = dense.seconds / draft.seconds
+    quality = psnr(dense.video, draft.video)
+    print(report)
+    print(f"Denoising: {dense.seconds:.1f} s dense, {draft.seconds:.1f} s with draft attention: {speedup:.1f}x.")
+    print(f"PSNR between the two videos: {quality:.1f} dB (the weights are random: not a measure of quality).")
+
+    captions = ("dense", f"draft attention, sparsity {config.sparsity:g}, {speedup:.1f}x")
+    pairs = pictures.side_by_side((dense.video, draft.video), captions)
+    pairs[0].save(args.output / GIF, save_all=True, append_images=pairs[1:], duration=125, loop=0)
+    grid = report.transformers[0].grid
+    assert grid is not None  # it has just run
+    pictures.draft_picture(tensors, grid, dense.video, config).save(args.output / PICTURE)
+    print(f"Wrote {args.output / GIF} and {args.output / PICTURE}.")
+
+
+def _checked_config(args: argparse.Namespace) -> DraftConfig:
+    try:
+        config = DraftConfig(sparsity=args.sparsity)
+    except ValueError as error:
+        raise CommandError(str(error)) from error
+    if args.steps < 2:
+        raise CommandError(f"--steps must be at least 2, because the first step stays dense, got {args.steps}")
+    if args.frames < 1 or args.frames % 2 == 0:
+        raise CommandError(f"--frames must be an odd number from 1 on, got {args.frames}")
+    for name in ("height", "width"):
+        size = getattr(args, name)
+        if size < 16 or size % 16:
+            raise CommandError(f"--{name} must be a multiple of 16 pixels, got {size}")
+    block = config.tile[0] * config.tile[1]
+    tokens = (args.frames + 1) // 2 * (args.height // 4) * (args.width // 4)
+    if tokens < 2 * block:
+        raise CommandError(
+            f"the video has {tokens} tokens, but it takes {2 * block} to have two blocks to choose from: raise "
+            "--frames, --height or --width"
+        )
+    return config

@@ -1,0 +1,210 @@
+"""The `diffusers-draft` command and the demo behind it."""
+
+import contextlib
+import io
+import re
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from torch.nn.functional import scaled_dot_product_attention
+
+import diffusers_draft
+from diffusers_draft import DraftConfig, enable_draft_attention
+from diffusers_draft.cli import main
+from diffusers_draft.demo.capture import QueryKey, captured
+from diffusers_draft.demo.model import demo_inputs, demo_pipeline
+from diffusers_draft.demo.pictures import draft_picture, side_by_side
+from diffusers_draft.demo.run import psnr
+
+TINY = ["--steps", "2", "--frames", "5", "--height", "32", "--width", "64"]
+"""3 x 8 x 16 tokens: three blocks."""
+
+
+@pytest.fixture(scope="module")
+def pipe():
+    pipe = demo_pipeline()
+    pipe.set_progress_bar_config(disable=True)
+    return pipe
+
+
+@pytest.fixture
+def inputs(pipe):
+    return demo_inputs(pipe, 5, 32, 64, seed=0)
+
+
+@pytest.fixture(scope="module")
+def demo(tmp_path_factory):
+    """One run of the command: its folder, what it printed and its progress bars."""
+    folder = tmp_path_factory.mktemp("demo") / "new" / "folder"
+    out, err = io.StringIO(), io.StringIO()
+    with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
+        assert main(["demo", *TINY, "--sparsity", "0.5", "--output", str(folder)]) == 0
+    return folder, out.getvalue(), err.getvalue()
+
+
+def test_demo_prints_the_report_and_both_times(demo):
+    folder, out, err = demo
+    assert "grid      (3, 8, 16) = 384 video tokens" in out
+    assert "steps     1 sparse, 1 dense" in out
+    assert "layers    5 sparse, 1 dense" in out
+    # round(0.5 * 9) of nine pairs are four.
+    assert "density   0.444 (layers from 0.444 to 0.444)" in out
+    assert re.search(r"Denoising: \d+\.\d s dense, \d+\.\d s with draft attention: \d+\.\dx\.", out)
+    assert re.search(r"PSNR between the two videos: \d+\.\d dB", out)
+    assert str(folder) in out
+    assert "dense: 100%" in err and "draft attention: 100%" in err
+
+
+def test_demo_writes_a_gif_of_all_frames_and_a_picture(demo):
+    folder, _, _ = demo
+    assert sorted(path.name for path in folder.iterdir()) == ["dense-and-draft.gif", "draft-map.png"]
+    with Image.open(folder / "dense-and-draft.gif") as gif:
+        assert gif.format == "GIF"
+        assert gif.size == (2 * 2 * 64, 2 * 32 + 24)
+        assert gif.n_frames == 5
+        gif.seek(4)
+        assert len(gif.convert("RGB").getcolors(1 << 24)) > 50
+    with Image.open(folder / "draft-map.png") as picture:
+        assert picture.format == "PNG"
+        assert len(picture.convert("RGB").getcolors(1 << 24)) > 50
+
+
+def test_sparsity_0_gives_the_dense_video(tmp_path, capsys):
+    main(["demo", *TINY, "--sparsity", "0", "--output", str(tmp_path)])
+    out = capsys.readouterr().out
+    assert "density   1.000" in out
+    assert float(re.search(r"videos: (\S+) dB", out)[1]) > 90
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["demo", "--sparsity", "1.5"], "sparsity must be in [0, 1), got 1.5"),
+        (["demo", "--sparsity", "much"], "invalid float value: 'much'"),
+        (["demo", "--steps", "1"], "--steps must be at least 2"),
+        (["demo", "--frames", "4"], "--frames must be an odd number"),
+        (["demo", "--height", "40"], "--height must be a multiple of 16"),
+        (["demo", "--width", "-16"], "--width must be a multiple of 16"),
+        (["demo", "--frames", "1", "--height", "32", "--width", "32"], "the video has 64 tokens"),
+        (["demo", "--colour", "red"], "unrecognized arguments: --colour red"),
+        (["dance"], "invalid choice: 'dance'"),
+        ([], "required: command"),
+    ],
+)
+def test_errors_are_one_line_and_exit_code_2(arguments, message, capsys):
+    with pytest.raises(SystemExit) as exit_:
+        main(arguments)
+    assert exit_.value.code == 2
+    out, err = capsys.readouterr()
+    assert not out
+    assert message in err
+    assert err.startswith("diffusers-draft") and err.count("\n") == 1 and err.endswith("\n")
+
+
+def test_output_that_is_a_file_is_an_error(tmp_path, capsys):
+    file = tmp_path / "file"
+    file.touch()
+    with pytest.raises(SystemExit) as exit_:
+        main(["demo", *TINY, "--output", str(file)])
+    assert exit_.value.code == 2
+    assert capsys.readouterr().err.count("\n") == 1
+
+
+def test_missing_packages_are_named_with_the_install_line(monkeypatch, capsys):
+    monkeypatch.setitem(sys.modules, "diffusers_draft.demo.pictures", None)
+    monkeypatch.delattr("diffusers_draft.demo.pictures")
+    with pytest.raises(SystemExit) as exit_:
+        main(["demo", *TINY])
+    assert exit_.value.code == 2
+    err = capsys.readouterr().err
+    assert "pip install 'diffusers-draft[demo]'" in err and err.count("\n") == 1
+
+
+def test_python_m_runs_the_command():
+    command = [sys.executable, "-m", "diffusers_draft", "--version"]
+    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == diffusers_draft.__version__
+
+
+def test_pipeline_is_the_same_every_time_and_leaves_the_global_seed_alone(pipe):
+    torch.manual_seed(3)
+    expected = torch.rand(4)
+    torch.manual_seed(3)
+    again = demo_pipeline()
+    assert torch.equal(torch.rand(4), expected)
+    for component in ("transformer", "vae"):
+        weights, others = (getattr(p, component).state_dict() for p in (pipe, again))
+        assert all(torch.equal(weights[name], others[name]) for name in weights)
+
+
+def test_inputs_depend_on_the_seed_alone(pipe, inputs):
+    again, other = (demo_inputs(pipe, 5, 32, 64, seed=seed) for seed in (0, 1))
+    assert torch.equal(inputs["latents"], again["latents"])
+    assert not torch.equal(inputs["latents"], other["latents"])
+    assert inputs["latents"].shape == (1, 16, 3, 16, 32)
+
+
+def test_captured_queries_and_keys_are_those_of_the_attention(pipe, inputs):
+    """Attention recomputed from what was captured gives the layer's output, and nobody notices the capture."""
+    layer = pipe.transformer.blocks[1].attn1
+    stock_video = pipe(**inputs, num_inference_steps=2, output_type="latent").frames
+    seen = {}
+    hook = layer.register_forward_hook(lambda layer, args, output: seen.update(hidden=args[0], output=output))
+    with captured(layer) as tensors:
+        video = pipe(**inputs, num_inference_steps=2, output_type="latent").frames
+    hook.remove()
+    assert torch.equal(video, stock_video)
+    value = layer.to_v(seen["hidden"]).unflatten(2, (layer.heads, -1))
+    attended = scaled_dot_product_attention(*(t.transpose(1, 2) for t in (tensors.query, tensors.key, value)))
+    expected = layer.to_out[0](attended.transpose(1, 2).flatten(2))
+    torch.testing.assert_close(seen["output"], expected)
+
+
+def test_capture_leaves_no_trace_after_an_error(pipe):
+    layer = pipe.transformer.blocks[1].attn1
+    module = sys.modules[type(layer.processor).__module__]
+    stock = module.dispatch_attention_fn
+    with captured(layer), pytest.raises(TypeError):
+        layer(None)
+    assert module.dispatch_attention_fn is stock
+    assert not layer._forward_pre_hooks and not layer._forward_hooks
+
+
+def test_capture_refuses_a_patched_layer(pipe):
+    with (
+        enable_draft_attention(pipe),
+        pytest.raises(ValueError, match="Capture a dense run"),
+        captured(pipe.transformer.blocks[1].attn1),
+    ):
+        pass
+
+
+def test_psnr():
+    video = torch.zeros(2, 3, 4, 4)
+    assert psnr(video, video) == float("inf")
+    assert psnr(video, video + 0.1) == pytest.approx(20, abs=1e-4)
+
+
+def test_side_by_side_puts_videos_in_order_under_a_caption():
+    black, white = torch.zeros(2, 3, 16, 32), torch.ones(2, 3, 16, 32)
+    pairs = side_by_side((black, white), ("black", "white"))
+    assert [pair.size for pair in pairs] == [(128, 56)] * 2
+    pixels = np.asarray(pairs[0])[24:]
+    assert (pixels[:, :64] == 0).all() and (pixels[:, 64:] == 255).all()
+    assert (np.asarray(pairs[0])[:24] < 128).any()
+
+
+@pytest.mark.parametrize("grid", [(1, 8, 48), (3, 9, 17)])
+def test_draft_picture_of_any_grid(grid):
+    frames, rows, columns = grid
+    generator = torch.Generator().manual_seed(0)
+    query, key = torch.randn(2, 1, frames * rows * columns, 2, 16, generator=generator)
+    video = torch.rand(2 * frames - 1, 3, rows * 4, columns * 4, generator=generator)
+    before = query.clone(), key.clone()
+    picture = draft_picture(QueryKey(query, key), grid, video, DraftConfig(sparsity=0.5), head=1)
+    assert picture.mode == "RGB" and picture.width == 1000
+    assert torch.equal(query, before[0]) and torch.equal(key, before[1])
