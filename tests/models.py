@@ -1,0 +1,376 @@
+"""Tiny models and pipelines from diffusers' own classes, with random weights, and random inputs for them."""
+
+import contextlib
+import sys
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from diffusers import (
+    AutoencoderKLHunyuanVideo,
+    AutoencoderKLWan,
+    FlowMatchEulerDiscreteScheduler,
+    HunyuanVideoPipeline,
+    HunyuanVideoTransformer3DModel,
+    UniPCMultistepScheduler,
+    WanAnimateTransformer3DModel,
+    WanPipeline,
+    WanTransformer3DModel,
+    WanVACETransformer3DModel,
+)
+from torch import Tensor, nn
+
+Grid = tuple[int, int, int]
+Inputs = dict[str, Any]
+
+RAGGED: Grid = (3, 13, 17)
+"""Five full blocks and a rest, no multiple of the tile in any direction."""
+TEXT_SLOTS = 12
+FLOAT32_ERROR = 2e-6
+
+_WAN = dict(
+    patch_size=(1, 2, 2),
+    num_attention_heads=2,
+    attention_head_dim=16,
+    in_channels=4,
+    out_channels=4,
+    text_dim=8,
+    freq_dim=16,
+    ffn_dim=32,
+    num_layers=3,
+    rope_max_seq_len=64,
+)
+_HUNYUAN_VIDEO = dict(
+    in_channels=4,
+    out_channels=4,
+    num_attention_heads=2,
+    attention_head_dim=16,
+    num_layers=3,
+    num_single_layers=2,
+    num_refiner_layers=1,
+    patch_size=2,
+    patch_size_t=1,
+    text_embed_dim=8,
+    pooled_projection_dim=8,
+    rope_axes_dim=(4, 6, 6),
+)
+
+
+def error(found: Tensor, expected: Tensor) -> float:
+    """Relative error by norm."""
+    return ((found.double() - expected.double()).norm() / expected.double().norm()).item()
+
+
+def build(cls: type[nn.Module], config: dict[str, Any], seed: int = 0) -> Any:
+    """Makes a model of random weights whose attention is peaked enough for a skipped block to show."""
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        model = cls(**config).eval()
+        for name, parameter in model.named_parameters():
+            if name.endswith("norm_q.weight"):
+                parameter.data.fill_(3.0)
+            elif name.endswith(("to_v.weight", "add_v_proj.weight", "scale_shift_table")):
+                parameter.data.mul_(4.0)
+    return model
+
+
+def random(*shape: int, seed: int = 0) -> Tensor:
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed + sum(shape)))
+
+
+def latents(channels: int, batch: int, grid: Grid) -> Tensor:
+    frames, rows, columns = grid
+    return random(batch, channels, frames, 2 * rows, 2 * columns)
+
+
+def wan(*, num_layers: int = 3, seed: int = 0) -> WanTransformer3DModel:
+    return build(WanTransformer3DModel, _WAN | {"num_layers": num_layers}, seed)
+
+
+def wan_i2v() -> WanTransformer3DModel:
+    return build(WanTransformer3DModel, _WAN | {"in_channels": 9, "image_dim": 6, "added_kv_proj_dim": 32})
+
+
+def wan_vace() -> WanVACETransformer3DModel:
+    return build(WanVACETransformer3DModel, _WAN | {"vace_layers": [0, 2], "vace_in_channels": 6})
+
+
+def wan_animate() -> WanAnimateTransformer3DModel:
+    return build(
+        WanAnimateTransformer3DModel,
+        _WAN
+        | dict(
+            in_channels=12,
+            latent_channels=4,
+            image_dim=6,
+            added_kv_proj_dim=32,
+            motion_encoder_channel_sizes={"4": 4, "8": 4, "16": 4},
+            motion_encoder_size=16,
+            motion_style_dim=4,
+            motion_dim=2,
+            motion_encoder_dim=4,
+            face_encoder_hidden_dim=8,
+            face_encoder_num_heads=2,
+            inject_face_latents_blocks=3,
+        ),
+    )
+
+
+def hunyuan_video(*, seed: int = 0, **config: Any) -> HunyuanVideoTransformer3DModel:
+    return build(HunyuanVideoTransformer3DModel, _HUNYUAN_VIDEO | config, seed)
+
+
+def wan_inputs(batch: int = 1, grid: Grid = RAGGED, timestep: float = 500) -> Inputs:
+    return {
+        "hidden_states": latents(4, batch, grid),
+        "timestep": torch.full((batch,), timestep),
+        "encoder_hidden_states": random(batch, 7, 8),
+    }
+
+
+def wan_i2v_inputs(batch: int = 1, grid: Grid = RAGGED, timestep: float = 500) -> Inputs:
+    return wan_inputs(batch, grid, timestep) | {
+        "hidden_states": latents(9, batch, grid),
+        "encoder_hidden_states": random(batch, 512, 8),
+        "encoder_hidden_states_image": random(batch, 5, 6),
+    }
+
+
+def wan_ti2v_inputs(batch: int = 1, grid: Grid = RAGGED, timestep: float = 500) -> Inputs:
+    """One timestep for each token; the first frame is given, so its timestep is 0."""
+    frames, rows, columns = grid
+    timesteps = torch.full((batch, frames, rows * columns), timestep)
+    timesteps[:, 0] = 0
+    return wan_inputs(batch, grid, timestep) | {"timestep": timesteps.flatten(1)}
+
+
+def wan_vace_inputs(batch: int = 1, grid: Grid = RAGGED, timestep: float = 500) -> Inputs:
+    return wan_inputs(batch, grid, timestep) | {"control_hidden_states": latents(6, batch, grid)}
+
+
+def wan_animate_inputs(batch: int = 1, grid: Grid = RAGGED, timestep: float = 500) -> Inputs:
+    frames, rows, columns = grid
+    return wan_i2v_inputs(batch, grid, timestep) | {
+        "hidden_states": latents(12, batch, grid),
+        "pose_hidden_states": latents(4, batch, (frames - 1, rows, columns)),
+        "face_pixel_values": random(batch, 3, 4 * (frames - 2) + 1, 16, 16),
+    }
+
+
+def hunyuan_video_inputs(
+    batch: int = 1, grid: Grid = RAGGED, timestep: float = 500, *, text: int = TEXT_SLOTS, lengths: Any = None
+) -> Inputs:
+    """Right-padded text; by default every sample has four valid slots less than the one before."""
+    lengths = torch.tensor(lengths or [text - 4 * sample for sample in range(batch)])
+    return {
+        "hidden_states": latents(4, batch, grid),
+        "timestep": torch.full((batch,), timestep),
+        "encoder_hidden_states": random(batch, text, 8),
+        "encoder_attention_mask": (torch.arange(text) < lengths[:, None]).long(),
+        "pooled_projections": random(batch, 8),
+        "guidance": torch.full((batch,), 6000.0),
+    }
+
+
+def unguided_inputs(batch: int = 1, grid: Grid = RAGGED, timestep: float = 500) -> Inputs:
+    return hunyuan_video_inputs(batch, grid, timestep) | {"guidance": None}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Tiny:
+    """A family's tiny model.
+
+    Attributes:
+        build: makes it.
+        inputs: makes keyword arguments of a forward from the batch size, the grid in tokens and the timestep.
+        layers: paths of its video self-attention in execution order.
+        dense_timestep: the threshold that draft attention has for it by default.
+        dense_layers: paths of the layers that draft attention leaves dense by default.
+    """
+
+    build: Callable[[], Any]
+    inputs: Callable[..., Inputs]
+    layers: tuple[str, ...]
+    dense_timestep: float
+    dense_layers: tuple[str, ...]
+
+
+def _tiny_wan(build: Callable[[], Any], inputs: Callable[..., Inputs], vace_blocks: int = 0) -> Tiny:
+    vace = tuple(f"vace_blocks.{index}.attn1" for index in range(vace_blocks))
+    blocks = tuple(f"blocks.{index}.attn1" for index in range(3))
+    return Tiny(
+        build=build, inputs=inputs, layers=vace + blocks, dense_timestep=925, dense_layers=vace[:1] + blocks[:1]
+    )
+
+
+def _tiny_hunyuan_video(inputs: Callable[..., Inputs] = hunyuan_video_inputs, **config: Any) -> Tiny:
+    dual = tuple(f"transformer_blocks.{index}.attn" for index in range(3))
+    single = tuple(f"single_transformer_blocks.{index}.attn" for index in range(2))
+    return Tiny(
+        build=lambda: hunyuan_video(**config),
+        inputs=inputs,
+        layers=dual + single,
+        dense_timestep=945,
+        dense_layers=dual[:2],
+    )
+
+
+TINY = {
+    "wan": _tiny_wan(wan, wan_inputs),
+    "wan_i2v": _tiny_wan(wan_i2v, wan_i2v_inputs),
+    "wan_ti2v": _tiny_wan(wan, wan_ti2v_inputs),
+    "wan_vace": _tiny_wan(wan_vace, wan_vace_inputs, vace_blocks=2),
+    "wan_animate": _tiny_wan(wan_animate, wan_animate_inputs),
+    "hunyuan_video": _tiny_hunyuan_video(),
+    "hunyuan_video_no_guidance": _tiny_hunyuan_video(unguided_inputs, guidance_embeds=False),
+    "hunyuan_video_latent_concat": _tiny_hunyuan_video(image_condition_type="latent_concat"),
+    "hunyuan_video_token_replace": _tiny_hunyuan_video(
+        unguided_inputs, image_condition_type="token_replace", guidance_embeds=False
+    ),
+}
+
+
+def processors(model: nn.Module) -> dict[str, Any]:
+    """Every attention processor of a model by module path."""
+    return {path: module.processor for path, module in model.named_modules() if hasattr(module, "processor")}
+
+
+@contextlib.contextmanager
+def attention_replaced(model: nn.Module, paths: tuple[str, ...], attend: Callable[..., Tensor]) -> Iterator[list[str]]:
+    """Runs `attend(query, key, value)` instead of the attention in the given layers of an unpatched model.
+
+    Shares nothing with draft attention's own way in. Yields the paths of the layers as they run.
+    """
+    ran: list[str] = []
+    current: list[str] = []
+    handles = []
+    for path in paths:
+        module = model.get_submodule(path)
+        handles.append(module.register_forward_pre_hook(lambda module, args, path=path: current.append(path)))
+        handles.append(module.register_forward_hook(lambda module, args, output: current.clear()))
+    upstream = {sys.modules[type(model.get_submodule(path).processor).__module__] for path in paths}
+
+    def dispatching(stock: Callable[..., Tensor]) -> Callable[..., Tensor]:
+        def dispatch(query: Tensor, key: Tensor, value: Tensor, **kwargs: Any) -> Tensor:
+            if not current:
+                return stock(query, key, value, **kwargs)
+            ran.append(current[0])
+            return attend(query, key, value)
+
+        return dispatch
+
+    stocks = {module: module.dispatch_attention_fn for module in upstream}
+    try:
+        for module, stock in stocks.items():
+            module.dispatch_attention_fn = dispatching(stock)
+        yield ran
+    finally:
+        for module, stock in stocks.items():
+            module.dispatch_attention_fn = stock
+        for handle in handles:
+            handle.remove()
+
+
+class Loop:
+    """The least that has components and a scheduler, for tests that run their own denoising loop."""
+
+    def __init__(self, scheduler: Any, **components: Any) -> None:
+        self.components = components
+        self.scheduler = scheduler
+
+
+def wan_scheduler() -> UniPCMultistepScheduler:
+    return UniPCMultistepScheduler(prediction_type="flow_prediction", use_flow_sigmas=True, flow_shift=3.0)
+
+
+def wan_vae() -> AutoencoderKLWan:
+    config = dict(
+        base_dim=4, z_dim=4, dim_mult=[1, 1, 1, 1], num_res_blocks=1, temperal_downsample=[False, True, True]
+    )
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        return AutoencoderKLWan(**config, latents_mean=[0.0] * 4, latents_std=[1.0] * 4).eval()
+
+
+def wan_pipeline(
+    transformer: Any = None, *, transformer_2: Any = None, boundary_ratio: float | None = None, scheduler: Any = None
+) -> WanPipeline:
+    """With the transformer that is given, or one of its own if there is no second one either."""
+    if transformer is None and transformer_2 is None:
+        transformer = wan()
+    pipe = WanPipeline(
+        tokenizer=None,
+        text_encoder=None,
+        vae=wan_vae(),
+        scheduler=scheduler or wan_scheduler(),
+        transformer=transformer,
+        transformer_2=transformer_2,
+        boundary_ratio=boundary_ratio,
+    )
+    pipe.set_progress_bar_config(disable=True)
+    return pipe
+
+
+def run_wan(pipe: Any, *, grid: Grid = RAGGED, steps: int = 4, output_type: str = "latent", **options: Any) -> Tensor:
+    """One call with classifier-free guidance."""
+    frames, rows, columns = grid
+    scale = 2 * pipe.vae_scale_factor_spatial
+    arguments = dict(
+        prompt_embeds=random(1, 7, 8, seed=1),
+        negative_prompt_embeds=random(1, 7, 8, seed=2),
+        height=rows * scale,
+        width=columns * scale,
+        num_frames=4 * (frames - 1) + 1,
+        num_inference_steps=steps,
+        output_type=output_type,
+        generator=torch.Generator().manual_seed(0),
+    )
+    return pipe(**arguments | options).frames
+
+
+def hunyuan_video_pipeline(transformer: Any = None) -> HunyuanVideoPipeline:
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        vae = AutoencoderKLHunyuanVideo(
+            latent_channels=4, block_out_channels=(4, 4, 4, 4), layers_per_block=1, norm_num_groups=2
+        )
+    pipe = HunyuanVideoPipeline(
+        text_encoder=None,
+        tokenizer=None,
+        text_encoder_2=None,
+        tokenizer_2=None,
+        vae=vae.eval(),
+        scheduler=FlowMatchEulerDiscreteScheduler(shift=7.0),
+        transformer=transformer or hunyuan_video(),
+    )
+    pipe.set_progress_bar_config(disable=True)
+    return pipe
+
+
+def run_hunyuan_video(
+    pipe: Any,
+    *,
+    grid: Grid = RAGGED,
+    steps: int = 4,
+    true_cfg: bool = False,
+    output_type: str = "latent",
+    **options: Any,
+) -> Tensor:
+    frames, rows, columns = grid
+    scale = 2 * pipe.vae_scale_factor_spatial
+    arguments = dict(
+        height=rows * scale,
+        width=columns * scale,
+        num_frames=4 * (frames - 1) + 1,
+        num_inference_steps=steps,
+        output_type=output_type,
+        generator=torch.Generator().manual_seed(0),
+    )
+    for prefix, valid in {"": 9, "negative_": 3}.items() if true_cfg else {"": 9}.items():
+        arguments[f"{prefix}prompt_embeds"] = random(1, TEXT_SLOTS, 8, seed=valid)
+        arguments[f"{prefix}pooled_prompt_embeds"] = random(1, 8, seed=valid)
+        arguments[f"{prefix}prompt_attention_mask"] = (torch.arange(TEXT_SLOTS) < valid)[None].long()
+    if true_cfg:
+        arguments["true_cfg_scale"] = 3.0
+    return pipe(**arguments | options).frames
