@@ -1,15 +1,16 @@
 """Draft attention: order, draft, select, attend, restore."""
 
+import importlib
+from importlib.util import find_spec
+from types import ModuleType
 from typing import Literal
 
 import torch
 from torch import Tensor
 
-from . import kernels
+from . import kernels, plain
 from .config import DraftConfig
-from .draft import block_means, draft_map
 from .layout import Grid, token_layout
-from .select import select
 
 
 def draft_attention(
@@ -108,16 +109,21 @@ def _attend(
     layout = token_layout((frames, rows, columns), prefix, seq_len, (tile[0], tile[1]), query.device)
     kernel = kernels.choose(backend, query.device, query.dtype, head_dim, layout.block)
 
-    query, key, value = (_reorder(tensor, layout.order) for tensor in (query, key, value))
-    with torch.no_grad():
-        means = [block_means(tensor, layout.num_video_blocks, layout.block) for tensor in (query, key)]
-        mask = select(draft_map(*means, scale), sparsity, budget, seq_len=seq_len, block=layout.block, kv_len=kv_len)
+    steps = _steps(query, key, value)
+    query, query_means = steps.order(query, layout)
+    key, key_means = steps.order(key, layout)
+    value, _ = steps.order(value, layout, average=False)
+    mask = steps.select(query_means, key_means, scale, sparsity, budget, layout, kv_len)
     out = kernel.forward(query, key, value, mask, scale)
-    return _reorder(out, layout.inverse), mask.kv_num_blocks
+    return steps.restore(out, layout), mask.kv_num_blocks
 
 
-def _reorder(tokens: Tensor, order: Tensor) -> Tensor:
-    return tokens.index_select(1, order)
+def _steps(*tensors: Tensor) -> ModuleType:
+    """Fused in Triton on GPUs; plain torch elsewhere, and where gradients are needed."""
+    needs_grad = torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors)
+    if needs_grad or not tensors[0].is_cuda or not find_spec("triton"):
+        return plain
+    return importlib.import_module(".fused", __package__)
 
 
 _attend_op = torch.library.custom_op("diffusers_draft::attend", _attend, mutates_args=())

@@ -17,6 +17,7 @@ class BlockMask:
         kv_len: `(B,)` int32, how many leading tokens (in block order) are valid keys; None if all are.
         seq_len: `S`, tokens in the sequence.
         block: tokens per block; the last block of the sequence may be short.
+        num_video_blocks: query blocks from here on are anchors: their lists hold every block with a valid key.
     """
 
     kv_num_blocks: Tensor
@@ -24,6 +25,7 @@ class BlockMask:
     kv_len: Tensor | None
     seq_len: int
     block: int
+    num_video_blocks: int
 
     @property
     def valid_len(self) -> Tensor:

@@ -16,6 +16,7 @@ class TokenLayout:
     Attributes:
         order: `(S,)` int64, original position of the i-th token in block order.
         inverse: `(S,)` int64, block-order position of the i-th original token.
+        seq_len: `S`.
         block: tokens per block.
         num_blocks: `N = ceil(S / block)`; the last block may be short.
         num_video_blocks: `Nv = floor(V / block)`; the blocks from here on are anchors.
@@ -23,6 +24,7 @@ class TokenLayout:
 
     order: Tensor
     inverse: Tensor
+    seq_len: int
     block: int
     num_blocks: int
     num_video_blocks: int
@@ -74,6 +76,7 @@ def token_layout(grid: Grid, prefix: int, seq_len: int, tile: tuple[int, int], d
         return TokenLayout(
             order=order.to(device),
             inverse=torch.argsort(order).to(device),
+            seq_len=seq_len,
             block=block,
             num_blocks=-(-seq_len // block),
             num_video_blocks=video // block,

@@ -80,7 +80,7 @@ def select(
         kv_len = kv_len.to(device=device, dtype=torch.int32)
         # Blocks of padding are the last ones of every list, so leaving them out only shortens the lists.
         kv_num_blocks -= (num_blocks - (kv_len + block - 1) // block)[:, None, None]
-    return BlockMask(kv_num_blocks, kv_indices, kv_len, seq_len, block)
+    return BlockMask(kv_num_blocks, kv_indices, kv_len, seq_len, block, num_video)
 
 
 def _fill_rows(kv_indices: Tensor, kept: Tensor, num_video: int) -> Tensor:

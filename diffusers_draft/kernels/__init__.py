@@ -1,14 +1,16 @@
 """Backends: the contract, their names, which of them can run here, and the one that is used.
 
 A backend is a module of this package with
-`forward(query, key, value, mask, scale) -> out`, where the tensors are `(B, S, H, D)` in block order and contiguous,
-`mask` is a `BlockMask` and the result is softmax attention over the kept blocks and valid keys alone.
+`forward(query, key, value, mask, scale) -> out`, where the tensors are `(B, S, H, D)` in block order, the last stride 1,
+`mask` is a `BlockMask` and the result is softmax attention over the kept blocks and valid keys alone. Where it cannot
+run everywhere, `refusal(device, dtype, head_dim, block)` returns the reason or None.
 """
 
 import functools
 import importlib
 import logging
 from dataclasses import dataclass
+from types import ModuleType
 from typing import Protocol
 
 import torch
@@ -19,9 +21,14 @@ from . import probe
 
 logger = logging.getLogger(__name__)
 
-BACKENDS = ("reference", "torch", "flex")
-AUTO = {"cuda": ("flex", "torch"), "cpu": ("torch",)}
+BACKENDS = ("reference", "torch", "flex", "triton", "fa4")
+AUTO = {"cuda": ("fa4", "triton", "flex", "torch"), "cpu": ("torch",)}
 """Backends that `"auto"` tries on each type of device, fastest first."""
+
+PACKAGES = {
+    "triton": "triton 3.5 or later, which comes with torch for Linux",
+    "fa4": "flash-attn-4: pip install 'diffusers-draft[fa4]'",
+}
 
 
 class Forward(Protocol):
@@ -69,8 +76,22 @@ def choose(name: str, device: torch.device, dtype: torch.dtype, head_dim: int, b
     raise RuntimeError(f"No backend can run on {device} in {dtype} with head_dim {head_dim}: {'; '.join(refused)}")
 
 
+def load(name: str) -> ModuleType:
+    """Imports a backend's module.
+
+    Raises:
+        ImportError: if its package is missing; the message says how to install it.
+    """
+    try:
+        return importlib.import_module(f".{name}", __name__)
+    except ImportError as error:
+        raise ImportError(f"Backend {name!r} needs {PACKAGES.get(name, 'another package')} ({error}).") from error
+
+
 def _checked(name: str, device: torch.device, dtype: torch.dtype, head_dim: int, block: int) -> Forward:
-    forward = importlib.import_module(f".{name}", __name__).forward
+    backend = load(name)
+    if hasattr(backend, "refusal") and (reason := backend.refusal(device, dtype, head_dim, block)):
+        raise RuntimeError(f"Backend {name!r} {reason}. Choose another backend, or 'auto'.")
     if name != "reference":
-        probe.check(name, forward, device, dtype, head_dim, block)
-    return forward
+        probe.check(name, backend.forward, device, dtype, head_dim, block)
+    return backend.forward

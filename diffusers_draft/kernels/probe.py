@@ -48,4 +48,4 @@ def _problem(device: torch.device, dtype: torch.dtype, head_dim: int, block: int
     kv_num_blocks = kept.sum(-1, dtype=torch.int32)
     kv_indices = kept.int().argsort(dim=-1, descending=True, stable=True).int()
     tensors = (kv_num_blocks.to(device), kv_indices.to(device), kv_len.to(device))
-    return query, key, value, BlockMask(*tensors, seq_len=seq_len, block=block)
+    return query, key, value, BlockMask(*tensors, seq_len=seq_len, block=block, num_video_blocks=num_blocks)

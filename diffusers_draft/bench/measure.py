@@ -1,0 +1,50 @@
+"""Timing, and what a reader must know about the machine."""
+
+import datetime
+import importlib.metadata
+import platform
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch.utils.benchmark import Timer
+
+
+@dataclass(frozen=True)
+class Time:
+    """Milliseconds: the median and the quartiles of `runs` runs."""
+
+    median: float
+    low: float
+    high: float
+    runs: int
+
+
+def measure(call: Callable[[], object], seconds: float = 1.0) -> Time:
+    """Times a call after warming up, waiting for the device around every block of runs."""
+    for _ in range(2):
+        call()
+    timer = Timer("call()", globals={"call": call}, num_threads=torch.get_num_threads())
+    result = timer.blocked_autorange(min_run_time=seconds)
+    low, high = (float(torch.tensor(result.times).quantile(q)) * 1e3 for q in (0.25, 0.75))
+    return Time(result.median * 1e3, low, high, len(result.times) * result.number_per_run)
+
+
+def environment(device: torch.device) -> dict[str, str]:
+    """Device, versions and command, for the record."""
+    versions = {}
+    for package in ("diffusers-draft", "diffusers", "torch", "triton", "flash-attn-4"):
+        try:
+            versions[package] = importlib.metadata.version(package)
+        except importlib.metadata.PackageNotFoundError:
+            continue
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else platform.processor() or platform.machine()
+    return {
+        "device": name,
+        "threads": str(torch.get_num_threads()),
+        "python": platform.python_version(),
+        **versions,
+        "date": datetime.date.today().isoformat(),
+        "command": " ".join(["diffusers-draft", *sys.argv[1:]]),
+    }
