@@ -8,16 +8,22 @@ import torch
 
 from .. import kernels
 from ..bench.attention import Case, run_dense, run_draft, to_json
+from ..bench import model
 from ..bench.measure import environment
+from ..bench.model import MODELS
 from ..bench.shapes import SHAPES, Shape, random_inputs, structured_inputs
 from ..bench.table import format_table, plot
+from . import CommandError
 
 
 def add_parser(subparsers) -> None:
     bench = subparsers.add_parser("bench", help="measure speed on this machine")
-    parser = bench.add_subparsers(dest="what", required=True).add_parser(
-        "attention", help="one attention call: dense baselines, backends, stages"
-    )
+    what = bench.add_subparsers(dest="what", required=True)
+    _add_attention(what.add_parser("attention", help="one attention call: dense baselines, backends, stages"))
+    _add_model(what.add_parser("model", help="one denoising step of a real transformer, dense and sparse"))
+
+
+def _add_attention(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--shape", choices=sorted(SHAPES), help="shape of a real model (default: cpu-10k or hunyuan-768p)")
     parser.add_argument("--grid", type=int, nargs=3, metavar=("T", "Y", "X"), help="video tokens, instead of --shape")
     parser.add_argument("--heads", type=int, default=24)
@@ -35,10 +41,22 @@ def add_parser(subparsers) -> None:
     parser.add_argument("--seconds", type=float, default=1.0, help="least time to measure each row")
     parser.add_argument("--json", type=Path, help="write the results to this file")
     parser.add_argument("--plot", type=Path, help="draw time against sparsity to this file")
-    parser.set_defaults(run=run)
+    parser.set_defaults(run=run_attention)
 
 
-def run(args: argparse.Namespace) -> None:
+def _add_model(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--model", choices=sorted(MODELS), default="hunyuan-13b-768p")
+    parser.add_argument("--sparsity", type=float, help="default: the paper's for the model")
+    parser.add_argument("--budget", choices=["head", "row"], default="head")
+    parser.add_argument("--backend", default="auto")
+    parser.add_argument("--compile", action="store_true", help="compile the repeated blocks")
+    parser.add_argument("--steps", type=int, default=50, help="steps of the run to predict")
+    parser.add_argument("--seconds", type=float, default=2.0, help="least time to measure each forward")
+    parser.add_argument("--json", type=Path, help="write the results to this file")
+    parser.set_defaults(run=run_model)
+
+
+def run_attention(args: argparse.Namespace) -> None:
     device = torch.device(args.device)
     on_cpu = device.type == "cpu"
     dtype = getattr(torch, args.dtype or ("float32" if on_cpu else "bfloat16"))
@@ -64,3 +82,27 @@ def run(args: argparse.Namespace) -> None:
         args.json.write_text(json.dumps(record, indent=1) + "\n")
     if args.plot:
         plot(rows, args.plot, f"{name}, {facts['device']}, {str(dtype).removeprefix('torch.')}")
+
+
+def run_model(args: argparse.Namespace) -> None:
+    if not torch.cuda.is_available():
+        raise CommandError("bench model needs a CUDA GPU: a real transformer's step takes minutes on a CPU.")
+    device = torch.device("cuda")
+    facts = environment(device)
+    print(", ".join(f"{key} {value}" for key, value in facts.items()))
+    options = {"sparsity": args.sparsity, "budget": args.budget, "backend": args.backend, "compiled": args.compile}
+    steps = []
+    for step in model.run(args.model, device=device, seconds=args.seconds, **options):
+        steps.append(step)
+        blocks = ", ".join(f"{path} {cost:.2f}" for path, cost in step.block_ms.items())
+        print(f"{step.name:20s} step {step.step_ms:9.1f} ms   blocks: {blocks} ms   memory {step.memory_gib:.2f} GiB")
+    prediction = model.predict(args.model, steps, args.steps)
+    print(
+        f"a sparse step is {prediction['step_speedup']:.2f}x the best dense one; {args.steps} steps, "
+        f"{prediction['dense_steps']} of them dense: {prediction['draft_s']:.0f} s instead of "
+        f"{prediction['dense_s']:.0f} s ({prediction['run_speedup']:.2f}x)"
+    )
+    if args.json:
+        record = {"environment": facts, "model": args.model, "options": options, "prediction": prediction}
+        record["steps"] = [model.to_json(step) for step in steps]
+        args.json.write_text(json.dumps(record, indent=1) + "\n")

@@ -1,0 +1,278 @@
+"""One denoising step of a real transformer at its real width, dense and with draft attention.
+
+Weights are random and only a few blocks are built; a block's cost is the difference that one more of its kind makes,
+and the whole step is summed from those.
+"""
+
+import contextlib
+import gc
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass
+from typing import Any
+from unittest import mock
+
+import torch
+from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.nn.functional import scaled_dot_product_attention
+
+from .. import attach
+from ..api import enable_draft_attention
+from ..families import family_of
+from .measure import Time, measure
+from .shapes import SHAPES, Shape
+
+
+@dataclass(frozen=True)
+class Model:
+    """How to build a transformer, its inputs and its schedule.
+
+    Attributes:
+        shape: name of its attention shape in `SHAPES`.
+        blocks: for each kind of block, its module list, the config key of its length and the real length.
+        build: makes it with so many blocks of each kind.
+        inputs: makes the arguments of a forward.
+        scheduler: makes its scheduler.
+        forwards: forwards for each step (2 with classifier-free guidance).
+        sparsity: the paper's.
+    """
+
+    shape: str
+    blocks: tuple[tuple[str, str, int], ...]
+    build: Callable[..., nn.Module]
+    inputs: Callable[[Shape, torch.device, torch.dtype], dict[str, Tensor]]
+    scheduler: Callable[[], Any]
+    forwards: int
+    sparsity: float
+
+
+def _hunyuan(**layers: int) -> nn.Module:
+    from diffusers import HunyuanVideoTransformer3DModel
+
+    return HunyuanVideoTransformer3DModel(**layers)
+
+
+def _hunyuan_inputs(shape: Shape, device: torch.device, dtype: torch.dtype) -> dict[str, Tensor]:
+    frames, rows, columns = shape.grid
+
+    def noise(*size: int) -> Tensor:
+        return torch.randn(size, device=device, dtype=dtype)
+
+    return {
+        "hidden_states": noise(1, 16, frames, 2 * rows, 2 * columns),
+        "timestep": torch.full((1,), 500, device=device),
+        "encoder_hidden_states": noise(1, shape.text, 4096),
+        "encoder_attention_mask": torch.ones(1, shape.text, dtype=torch.bool, device=device),
+        "pooled_projections": noise(1, 768),
+        "guidance": torch.full((1,), 6000.0, device=device, dtype=dtype),
+    }
+
+
+def _wan(**config: int) -> nn.Module:
+    from diffusers import WanTransformer3DModel
+
+    return WanTransformer3DModel(**config)
+
+
+def _wan_5b(**config: int) -> nn.Module:
+    return _wan(num_attention_heads=24, ffn_dim=14336, in_channels=48, out_channels=48, **config)
+
+
+def _wan_inputs(channels: int) -> Callable[[Shape, torch.device, torch.dtype], dict[str, Tensor]]:
+    def inputs(shape: Shape, device: torch.device, dtype: torch.dtype) -> dict[str, Tensor]:
+        frames, rows, columns = shape.grid
+        return {
+            "hidden_states": torch.randn(1, channels, frames, 2 * rows, 2 * columns, device=device, dtype=dtype),
+            "timestep": torch.full((1,), 500, device=device),
+            "encoder_hidden_states": torch.randn(1, 512, 4096, device=device, dtype=dtype),
+        }
+
+    return inputs
+
+
+def _flow_scheduler(shift: float) -> Callable[[], Any]:
+    def scheduler() -> Any:
+        from diffusers import FlowMatchEulerDiscreteScheduler
+
+        return FlowMatchEulerDiscreteScheduler(shift=shift)
+
+    return scheduler
+
+
+def _hunyuan_model(shape: str) -> Model:
+    blocks = (("transformer_blocks", "num_layers", 20), ("single_transformer_blocks", "num_single_layers", 40))
+    return Model(shape, blocks, _hunyuan, _hunyuan_inputs, _flow_scheduler(7.0), 1, 0.9)
+
+
+def _wan_model(shape: str, build: Callable[..., nn.Module], layers: int, channels: int, shift: float) -> Model:
+    blocks = (("blocks", "num_layers", layers),)
+    return Model(shape, blocks, build, _wan_inputs(channels), _flow_scheduler(shift), 2, 0.75)
+
+
+MODELS = {
+    "hunyuan-13b-768p": _hunyuan_model("hunyuan-768p"),
+    "hunyuan-13b-544p": _hunyuan_model("hunyuan-544p"),
+    "wan-14b-768p": _wan_model("wan-14b-768p", _wan, 40, 16, 5.0),
+    "wan-14b-480p": _wan_model("wan-14b-480p", _wan, 40, 16, 3.0),
+    "wan-5b-704p": _wan_model("wan-5b-704p", _wan_5b, 30, 48, 5.0),
+}
+
+
+@dataclass(frozen=True)
+class Step:
+    """One way to run a step.
+
+    Attributes:
+        name: dense attention or draft attention, and with what.
+        compiled: were the repeated blocks compiled?
+        block_ms: milliseconds of one block of each kind.
+        rest_ms: everything else in a forward.
+        step_ms: a whole forward with all layers, `dense_layers` of them dense.
+        times: the measured forwards, by number of blocks of each kind.
+        memory_gib: peak memory of the forward beyond weights and inputs.
+    """
+
+    name: str
+    compiled: bool
+    block_ms: dict[str, float]
+    rest_ms: float
+    step_ms: float
+    times: dict[str, Time]
+    memory_gib: float
+
+
+def run(
+    name: str, *, sparsity: float | None, budget: str, backend: str, compiled: bool, device: torch.device, seconds: float
+) -> Iterator[Step]:
+    """Measures dense attention as diffusers ships it, the best dense kernels, and draft attention."""
+    model = MODELS[name]
+    dtype = torch.bfloat16
+    torch.set_default_dtype(dtype)
+    try:
+        with torch.device(device):
+            transformer = model.build(**{key: 2 for _, key, _ in model.blocks}).eval().requires_grad_(False)
+    finally:
+        torch.set_default_dtype(torch.float32)
+    inputs = model.inputs(SHAPES[model.shape], device, dtype)
+    if compiled:
+        transformer.compile_repeated_blocks(fullgraph=True)
+    yield _step("diffusers default", transformer, model, inputs, compiled, seconds)
+    options = {"dense_steps": 0, "dense_layers": ()}
+    for kernel in _dense_kernels():
+        with mock.patch.object(attach, "attend", _through(kernel)), enable_draft_attention(transformer, **options):
+            yield _step(f"dense {kernel}", transformer, model, inputs, compiled, seconds)
+    sparsity = model.sparsity if sparsity is None else sparsity
+    with enable_draft_attention(transformer, sparsity, budget=budget, backend=backend, **options) as handle:
+        step = _step(f"draft {sparsity:g}", transformer, model, inputs, compiled, seconds)
+        print(handle.report())
+    yield step
+
+
+def _step(
+    name: str, transformer: nn.Module, model: Model, inputs: dict[str, Tensor], compiled: bool, seconds: float
+) -> Step:
+    torch._dynamo.reset()
+    lists = {path: transformer.get_submodule(path) for path, _, _ in model.blocks}
+    times = {}
+
+    def forward() -> None:
+        transformer(**inputs, return_dict=False)
+
+    gc.collect()
+    with torch.inference_mode():
+        base = _with_blocks(transformer, lists, dict.fromkeys(lists, 1), forward, seconds)
+        times["1 of each"] = base
+        cost = {}
+        for path in lists:
+            times[f"2 {path}"] = _with_blocks(transformer, lists, dict.fromkeys(lists, 1) | {path: 2}, forward, seconds)
+            cost[path] = times[f"2 {path}"].median - base.median
+        memory = _peak_memory(forward)
+    rest = base.median - sum(cost.values())
+    whole = rest + sum(cost[path] * length for path, _, length in model.blocks)
+    return Step(name, compiled, cost, rest, whole, times, memory)
+
+
+def _with_blocks(
+    transformer: nn.Module, lists: dict[str, nn.Module], lengths: dict[str, int], call: Callable[[], None], seconds: float
+) -> Time:
+    try:
+        for path, length in lengths.items():
+            setattr(transformer, path, lists[path][:length])
+        return measure(call, seconds)
+    finally:
+        for path, blocks in lists.items():
+            setattr(transformer, path, blocks)
+
+
+def _peak_memory(call: Callable[[], None]) -> float:
+    torch.cuda.synchronize()
+    before = torch.cuda.memory_allocated()
+    torch.cuda.reset_peak_memory_stats()
+    call()
+    torch.cuda.synchronize()
+    return (torch.cuda.max_memory_allocated() - before) / 2**30
+
+
+def _dense_kernels() -> list[str]:
+    kernels = ["cudnn"]
+    with contextlib.suppress(ImportError):
+        import flash_attn.cute.interface  # noqa: F401
+
+        kernels.append("fa4")
+    return kernels
+
+
+@torch.library.custom_op("diffusers_draft_bench::dense", mutates_args=())
+def _dense(query: Tensor, key: Tensor, value: Tensor, kernel: str) -> Tensor:
+    if kernel == "fa4":
+        from flash_attn.cute.interface import _flash_attn_fwd
+
+        return _flash_attn_fwd(query, key, value)[0]
+    with sdpa_kernel(SDPBackend.CUDNN_ATTENTION):
+        out = scaled_dot_product_attention(*(tensor.transpose(1, 2) for tensor in (query, key, value)))
+    return out.transpose(1, 2).contiguous()
+
+
+@_dense.register_fake
+def _(query, key, value, kernel):
+    return query.new_empty(query.shape)
+
+
+def _through(kernel: str) -> Callable[..., tuple[Tensor, None]]:
+    """A stand-in for `attend` that runs a dense kernel without a mask: no text of these inputs is padding."""
+
+    def attend(query: Tensor, key: Tensor, value: Tensor, *_: Any) -> tuple[Tensor, None]:
+        return _dense(query, key, value, kernel), None
+
+    return attend
+
+
+def predict(name: str, steps: list[Step], num_steps: int) -> dict[str, float]:
+    """Seconds of a whole run: the best dense, and draft attention with the family's dense steps and layers."""
+    model = MODELS[name]
+    scheduler = model.scheduler()
+    scheduler.set_timesteps(num_steps)
+    with torch.device("meta"):
+        family = family_of(model.build(**{key: 1 for _, key, _ in model.blocks}))
+    dense_steps = sum(t > family.dense_timestep for t in scheduler.timesteps.tolist())
+    *dense, draft = steps
+    best = min(dense, key=lambda step: step.step_ms)
+    sparse_ms = draft.step_ms
+    for path in family.dense_layers:
+        kind = path.split(".")[0]
+        sparse_ms += best.block_ms[kind] - draft.block_ms[kind]
+    draft_ms = dense_steps * best.step_ms + (num_steps - dense_steps) * sparse_ms
+    return {
+        "steps": num_steps,
+        "dense_steps": dense_steps,
+        "dense_s": num_steps * model.forwards * best.step_ms / 1e3,
+        "draft_s": model.forwards * draft_ms / 1e3,
+        "sparse_step_ms": sparse_ms,
+        "best_dense_step_ms": best.step_ms,
+        "step_speedup": best.step_ms / sparse_ms,
+        "run_speedup": num_steps * best.step_ms / draft_ms,
+    }
+
+
+def to_json(step: Step) -> dict[str, Any]:
+    return asdict(step)
