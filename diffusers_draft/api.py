@@ -2,15 +2,17 @@
 
 import sys
 from collections.abc import Iterable
-from typing import Any, Literal
+from types import FrameType
+from typing import Any
 
 from torch import nn
 
-from .attach import Attachment, _Draft, check_parallel_config
+from .attach import Attachment, DraftProcessor, attention_module, check_parallel_config
 from .config import DraftConfig
 from .families import Family, families, family_of
 from .report import DraftReport, report_on
 from .schedule import Schedule
+from .select import Budget
 
 
 class DraftHandle:
@@ -50,7 +52,7 @@ def enable_draft_attention(
     pipe: Any,
     sparsity: float = 0.9,
     *,
-    budget: Literal["head", "row"] = "head",
+    budget: Budget = "head",
     tile: tuple[int, int] = (8, 16),
     dense_steps: float | None = None,
     dense_timestep: float | None = None,
@@ -160,9 +162,7 @@ def _transformers(pipe: Any) -> dict[str, tuple[nn.Module, Family]]:
     return found
 
 
-def _layers(
-    transformer: nn.Module, family: Family, config: DraftConfig
-) -> tuple[dict[str, Any], tuple[str, ...]]:
+def _layers(transformer: nn.Module, family: Family, config: DraftConfig) -> tuple[dict[str, Any], tuple[str, ...]]:
     """Stock processors of the layers to make sparse, by module path, and the paths of those that stay dense."""
     paths = [path for pattern in family.layers for path in _expand(transformer, pattern)]
     if config.dense_layers is None:
@@ -175,13 +175,13 @@ def _layers(
     attached = _attachment(transformer)
     sparse = {}
     for path in paths:
-        processor = transformer.get_submodule(path).processor
-        if attached and processor is attached.processors.get(path):
-            processor = processor._restored(attached.originals[path])
-        if isinstance(processor, _Draft) or not _is_stock(processor, family):
+        processor = attention_module(transformer, path).processor
+        if attached and path in attached.processors and processor is attached.processors[path]:
+            processor = attached.processors[path].unwrapped(attached.originals[path])
+        if isinstance(processor, DraftProcessor) or not _is_stock(processor, family):
             raise ValueError(
-                f"Layer {path} of {type(transformer).__name__} has the processor {type(processor).__name__}, but draft "
-                f"attention needs diffusers' own {family.processor}. Undo what replaced it first."
+                f"Layer {path} of {type(transformer).__name__} has the processor {type(processor).__name__}, but "
+                f"draft attention needs diffusers' own {family.processor}. Undo what replaced it first."
             )
         check_parallel_config(getattr(processor, "_parallel_config", None))
         if path not in dense:
@@ -201,7 +201,7 @@ def _is_stock(processor: Any, family: Family) -> bool:
 def _expand(transformer: nn.Module, pattern: str) -> list[str]:
     """`"blocks.*.attn1"` -> `["blocks.0.attn1", "blocks.1.attn1", ...]`."""
     blocks, layer = pattern.split(".*.")
-    return [f"{blocks}.{index}.{layer}" for index in range(len(transformer.get_submodule(blocks)))]
+    return [f"{blocks}.{name}.{layer}" for name, _ in transformer.get_submodule(blocks).named_children()]
 
 
 def _attachment(transformer: nn.Module) -> Attachment | None:
@@ -210,8 +210,8 @@ def _attachment(transformer: nn.Module) -> Attachment | None:
 
 
 def _check_not_running(transformer: nn.Module | None) -> None:
-    frame = sys._getframe()
-    while frame := frame.f_back:
+    frame: FrameType | None = sys._getframe()
+    while frame := frame and frame.f_back:
         if transformer is not None and frame.f_locals.get("self") is transformer:
             raise RuntimeError(
                 f"A forward of {type(transformer).__name__} is running. Enable or disable draft attention between "

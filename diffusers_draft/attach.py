@@ -4,7 +4,6 @@ Every modern diffusers processor ends in one call of the module global `dispatch
 upstream's own `__call__` code with that one name bound to ours, so that nothing upstream does is copied here.
 """
 
-import copyreg
 import functools
 import inspect
 import itertools
@@ -23,6 +22,11 @@ from .families import Family
 from .schedule import Schedule
 
 _numbers = itertools.count()
+
+
+def attention_module(transformer: nn.Module, path: str) -> Any:
+    """The attention layer at a module path; it has a `processor`."""
+    return transformer.get_submodule(path)
 
 
 class State:
@@ -68,16 +72,17 @@ class Attachment:
         self._number = next(_numbers)
         self._shadows: dict[type, str] = {}
         classes = {type(original) for original in originals.values()}
-        patched = {stock: self._patched_class(stock) for stock in classes}
-        self.processors = {path: patched[type(original)]._of(original) for path, original in originals.items()}
+        patched: dict[type, Any] = {stock: self._patched_class(stock) for stock in classes}
+        self.processors = {path: patched[type(original)].wrapping(original) for path, original in originals.items()}
         self._hook: Any = None
 
     def attach(self) -> None:
         """Puts the processors and the hook in place, or nothing if any of it fails."""
         transformer = self.transformer()
+        assert transformer is not None, "the transformer is held by the caller"
         try:
             for path, processor in self.processors.items():
-                transformer.get_submodule(path).processor = processor
+                attention_module(transformer, path).processor = processor
             self._hook = transformer.register_forward_pre_hook(self, with_kwargs=True)
         except BaseException:
             self.detach()
@@ -91,9 +96,9 @@ class Attachment:
             self._hook = None
         if transformer is not None:
             for path, processor in self.processors.items():
-                module = transformer.get_submodule(path)
+                module = attention_module(transformer, path)
                 if module.processor is processor:
-                    module.processor = processor._restored(self.originals[path])
+                    module.processor = processor.unwrapped(self.originals[path])
         for name in self._shadows.values():
             sys.modules.pop(name, None)
 
@@ -143,10 +148,10 @@ class Attachment:
             state.processor = processor
             return call(processor, *args, **kwargs)
 
-        return type(f"Draft{stock.__name__}", (_Draft, stock), {"__call__": __call__, "_stock": stock})
+        return type(f"Draft{stock.__name__}", (DraftProcessor, stock), {"__call__": __call__, "_stock": stock})
 
 
-class _Draft:
+class DraftProcessor:
     """Mixed into a stock processor class."""
 
     _stock: type
@@ -154,19 +159,19 @@ class _Draft:
     kv_num_blocks: Tensor | None
 
     @classmethod
-    def _of(cls, original: Any) -> Any:
+    def wrapping(cls, original: Any) -> Any:
         processor = cls.__new__(cls)
         processor.__dict__.update(original.__dict__, masked=False, kv_num_blocks=None)
         return processor
 
-    def _restored(self, original: Any) -> Any:
+    def unwrapped(self, original: Any) -> Any:
         """The original, with what was set on us meanwhile, such as an attention backend."""
         original.__dict__.update({k: v for k, v in self.__dict__.items() if k not in ("masked", "kv_num_blocks")})
         return original
 
     def __reduce__(self) -> Any:
         attributes = {k: v for k, v in self.__dict__.items() if k not in ("masked", "kv_num_blocks")}
-        return (copyreg.__newobj__, (self._stock,), attributes)
+        return (object.__new__, (self._stock,), attributes)
 
 
 class _Nothing:
@@ -248,7 +253,7 @@ def check_parallel_config(parallel_config: Any) -> None:
         return
     if getattr(context_parallel, "ring_degree", None) not in (None, 1):
         raise NotImplementedError(
-            f"Draft attention cannot run with ring attention (ring_degree={context_parallel.ring_degree}): no rank sees "
-            "the whole sequence, so none can choose the best blocks. Disable draft attention or the ring."
+            f"Draft attention cannot run with ring attention (ring_degree={context_parallel.ring_degree}): no rank "
+            "sees the whole sequence, so none can choose the best blocks. Disable draft attention or the ring."
         )
     raise NotImplementedError("Draft attention does not run under context parallelism yet. Disable one of the two.")

@@ -3,7 +3,6 @@
 import importlib
 from importlib.util import find_spec
 from types import ModuleType
-from typing import Literal
 
 import torch
 from torch import Tensor
@@ -11,6 +10,7 @@ from torch import Tensor
 from . import kernels, plain
 from .config import DraftConfig
 from .layout import Grid, token_layout
+from .select import Budget
 
 
 def draft_attention(
@@ -23,7 +23,7 @@ def draft_attention(
     prefix: int = 0,
     kv_len: Tensor | None = None,
     tile: tuple[int, int] = (8, 16),
-    budget: Literal["head", "row"] = "head",
+    budget: Budget = "head",
     backend: str = "auto",
     scale: float | None = None,
 ) -> Tensor:
@@ -109,7 +109,7 @@ def _attend(
     layout = token_layout((frames, rows, columns), prefix, seq_len, (tile[0], tile[1]), query.device)
     kernel = kernels.choose(backend, query.device, query.dtype, head_dim, layout.block)
 
-    steps = _steps(query, key, value)
+    steps = steps_for(query, key, value)
     query, query_means = steps.order(query, layout)
     key, key_means = steps.order(key, layout)
     value, _ = steps.order(value, layout, average=False)
@@ -118,7 +118,7 @@ def _attend(
     return steps.restore(out, layout), mask.kv_num_blocks
 
 
-def _steps(*tensors: Tensor) -> ModuleType:
+def steps_for(*tensors: Tensor) -> ModuleType:
     """Fused in Triton on GPUs; plain torch elsewhere, and where gradients are needed."""
     needs_grad = torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors)
     if needs_grad or not tensors[0].is_cuda or not find_spec("triton"):

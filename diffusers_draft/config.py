@@ -2,10 +2,9 @@
 
 from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import Literal
 
 from .kernels import check_name
-from .select import BUDGETS
+from .select import BUDGETS, Budget
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -28,7 +27,7 @@ class DraftConfig:
     """
 
     sparsity: float = 0.9
-    budget: Literal["head", "row"] = "head"
+    budget: Budget = "head"
     tile: tuple[int, int] = (8, 16)
     dense_steps: float | None = None
     dense_timestep: float | None = None

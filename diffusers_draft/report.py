@@ -90,9 +90,9 @@ def report_on(component: str, attachment: Attachment) -> TransformerReport:
     block = config.tile[0] * config.tile[1]
     counts = {path: processor.kv_num_blocks for path, processor in attachment.processors.items()}
     measured = next((count for count in counts.values() if count is not None), None)
-    backend = blocks = None
+    choice = blocks = None
     if measured is not None and state.kind is not None:
-        backend = kernels.choose(config.backend, measured.device, *state.kind, block)
+        choice = kernels.choose(config.backend, measured.device, *state.kind, block)
         blocks = (measured.shape[-1], grid[0] * grid[1] * grid[2] // block)
     forwards = attachment.forwards
     return TransformerReport(
@@ -100,8 +100,8 @@ def report_on(component: str, attachment: Attachment) -> TransformerReport:
         family=attachment.family.name,
         config=config,
         attached=attachment.attached,
-        backend=backend and backend.name,
-        backend_reason=backend and backend.reason,
+        backend=choice.name if choice else None,
+        backend_reason=choice.reason if choice else None,
         grid=grid if any(grid) else None,
         blocks=blocks,
         densities={path: _density(count, state.kv_len, block) for path, count in counts.items()},

@@ -48,7 +48,8 @@ class Schedule:
         scheduler = self.scheduler()
         if not hasattr(scheduler, "step_index"):
             return self._is_dense_value(timestep, scheduler)
-        return self.observe() < self.dense_until
+        step = self.observe()
+        return step is not None and step < self.dense_until
 
     def observe(self) -> int | None:
         """Reads the timesteps of a new run (the one sync of a run) and returns the current step, if one is known."""

@@ -11,9 +11,10 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.functional import scaled_dot_product_attention
 
 from .. import kernels
-from ..attention import _steps, draft_attention
+from ..attention import draft_attention, steps_for
 from ..block_mask import BlockMask
 from ..layout import token_layout
+from ..select import Budget
 from .measure import Time, measure
 from .shapes import Shape
 
@@ -65,13 +66,15 @@ def run_dense(case: Case) -> Iterator[Row]:
         yield _checked_row(name, "dense", case, call, _dense_rows(case))
 
 
-def run_draft(case: Case, sparsity: float, budget: str, tile: tuple[int, int], backends: list[str]) -> Iterator[Row]:
+def run_draft(
+    case: Case, sparsity: float, budget: Budget, tile: tuple[int, int], backends: list[str]
+) -> Iterator[Row]:
     """Times the whole operator with each backend, and the stages with the backend that `auto` takes."""
     query, key, value = case.tensors
     state = _stages(case, sparsity, budget, tile)
     mask: BlockMask = state["mask"]
     expected = _sparse_rows(case, state)
-    facts = {"sparsity": sparsity, "budget": budget, "density": float(mask.density())}
+    facts: dict[str, Any] = {"sparsity": sparsity, "budget": budget, "density": float(mask.density())}
     for backend in backends:
 
         def call(backend: str = backend) -> Tensor:
@@ -86,12 +89,12 @@ def run_draft(case: Case, sparsity: float, budget: str, tile: tuple[int, int], b
 
 def _dense_calls(case: Case) -> dict[str, Callable[[], Tensor]]:
     query, key, value = case.tensors
-    by_head = [tensor.transpose(1, 2) for tensor in case.tensors]
+    q, k, v = (tensor.transpose(1, 2) for tensor in case.tensors)
 
     def sdpa(backend: SDPBackend) -> Callable[[], Tensor]:
         def call() -> Tensor:
             with sdpa_kernel(backend):
-                return scaled_dot_product_attention(*by_head).transpose(1, 2)
+                return scaled_dot_product_attention(q, k, v).transpose(1, 2)
 
         return call
 
@@ -103,7 +106,10 @@ def _dense_calls(case: Case) -> dict[str, Callable[[], Tensor]]:
             padding = torch.ones(case.shape.batch, 1, 1, case.shape.seq_len, dtype=torch.bool, device=query.device)
         return dispatch_attention_fn(query, key, value, attn_mask=padding)
 
-    calls = {"diffusers default": diffusers_default, "sdpa": lambda: scaled_dot_product_attention(*by_head).transpose(1, 2)}
+    def sdpa_default() -> Tensor:
+        return scaled_dot_product_attention(q, k, v).transpose(1, 2)
+
+    calls = {"diffusers default": diffusers_default, "sdpa": sdpa_default}
     if query.is_cuda:
         calls["sdpa flash"] = sdpa(SDPBackend.FLASH_ATTENTION)
         calls["sdpa cudnn"] = sdpa(SDPBackend.CUDNN_ATTENTION)
@@ -114,12 +120,12 @@ def _dense_calls(case: Case) -> dict[str, Callable[[], Tensor]]:
     return calls
 
 
-def _stages(case: Case, sparsity: float, budget: str, tile: tuple[int, int]) -> dict[str, Any]:
+def _stages(case: Case, sparsity: float, budget: Budget, tile: tuple[int, int]) -> dict[str, Any]:
     """Runs the operator once, stage by stage, and keeps what the checks and the timings need."""
     query, key, value = case.tensors
     shape = case.shape
     layout = token_layout(shape.grid, 0, shape.seq_len, tile, query.device)
-    steps = _steps(query, key, value)
+    steps = steps_for(query, key, value)
     choice = kernels.choose("auto", query.device, query.dtype, shape.head_dim, layout.block)
 
     def order() -> tuple[Tensor, ...]:
@@ -183,8 +189,8 @@ def _checked_row(
 ) -> Row:
     try:
         out = call()
-    except (ImportError, RuntimeError, ValueError) as error:
-        return Row(name, kind, note=str(error).split("\n")[0], **facts)
+    except (ImportError, RuntimeError, ValueError) as failure:
+        return Row(name, kind, note=str(failure).split("\n")[0], **facts)
     difference = sum(float((out[where].float() - rows).square().sum()) for where, rows in expected)
     error = (difference / sum(float(rows.square().sum()) for _, rows in expected)) ** 0.5
     del out

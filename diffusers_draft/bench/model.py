@@ -19,6 +19,7 @@ from torch.nn.functional import scaled_dot_product_attention
 from .. import attach
 from ..api import enable_draft_attention
 from ..families import family_of
+from ..select import Budget
 from .measure import Time, measure
 from .shapes import SHAPES, Shape
 
@@ -142,7 +143,14 @@ class Step:
 
 
 def run(
-    name: str, *, sparsity: float | None, budget: str, backend: str, compiled: bool, device: torch.device, seconds: float
+    name: str,
+    *,
+    sparsity: float | None,
+    budget: Budget,
+    backend: str,
+    compiled: bool,
+    device: torch.device,
+    seconds: float,
 ) -> Iterator[Step]:
     """Measures dense attention as diffusers ships it, the best dense kernels, and draft attention."""
     model = MODELS[name]
@@ -150,14 +158,14 @@ def run(
     torch.set_default_dtype(dtype)
     try:
         with torch.device(device):
-            transformer = model.build(**{key: 2 for _, key, _ in model.blocks}).eval().requires_grad_(False)
+            transformer: Any = model.build(**{key: 2 for _, key, _ in model.blocks}).eval().requires_grad_(False)
     finally:
         torch.set_default_dtype(torch.float32)
     inputs = model.inputs(SHAPES[model.shape], device, dtype)
     if compiled:
         transformer.compile_repeated_blocks(fullgraph=True)
     yield _step("diffusers default", transformer, model, inputs, compiled, seconds)
-    options = {"dense_steps": 0, "dense_layers": ()}
+    options: dict[str, Any] = {"dense_steps": 0, "dense_layers": ()}
     for kernel in _dense_kernels():
         with mock.patch.object(attach, "attend", _through(kernel)), enable_draft_attention(transformer, **options):
             yield _step(f"dense {kernel}", transformer, model, inputs, compiled, seconds)
@@ -169,7 +177,7 @@ def run(
 
 
 def _step(
-    name: str, transformer: nn.Module, model: Model, inputs: dict[str, Tensor], compiled: bool, seconds: float
+    name: str, transformer: Any, model: Model, inputs: dict[str, Tensor], compiled: bool, seconds: float
 ) -> Step:
     torch._dynamo.reset()
     lists = {path: transformer.get_submodule(path) for path, _, _ in model.blocks}
@@ -184,7 +192,8 @@ def _step(
         times["1 of each"] = base
         cost = {}
         for path in lists:
-            times[f"2 {path}"] = _with_blocks(transformer, lists, dict.fromkeys(lists, 1) | {path: 2}, forward, seconds)
+            lengths = dict.fromkeys(lists, 1) | {path: 2}
+            times[f"2 {path}"] = _with_blocks(transformer, lists, lengths, forward, seconds)
             cost[path] = times[f"2 {path}"].median - base.median
         memory = _peak_memory(forward)
     rest = base.median - sum(cost.values())
@@ -193,7 +202,7 @@ def _step(
 
 
 def _with_blocks(
-    transformer: nn.Module, lists: dict[str, nn.Module], lengths: dict[str, int], call: Callable[[], None], seconds: float
+    transformer: Any, lists: dict[str, Any], lengths: dict[str, int], call: Callable[[], None], seconds: float
 ) -> Time:
     try:
         for path, length in lengths.items():
@@ -229,7 +238,7 @@ def _dense(query: Tensor, key: Tensor, value: Tensor, kernel: str) -> Tensor:
 
         return _flash_attn_fwd(query, key, value)[0]
     with sdpa_kernel(SDPBackend.CUDNN_ATTENTION):
-        out = scaled_dot_product_attention(*(tensor.transpose(1, 2) for tensor in (query, key, value)))
+        out = scaled_dot_product_attention(query.transpose(1, 2), key.transpose(1, 2), value.transpose(1, 2))
     return out.transpose(1, 2).contiguous()
 
 
@@ -254,6 +263,7 @@ def predict(name: str, steps: list[Step], num_steps: int) -> dict[str, float]:
     scheduler.set_timesteps(num_steps)
     with torch.device("meta"):
         family = family_of(model.build(**{key: 1 for _, key, _ in model.blocks}))
+    assert family is not None, "every model here is of a known family"
     dense_steps = sum(t > family.dense_timestep for t in scheduler.timesteps.tolist())
     *dense, draft = steps
     best = min(dense, key=lambda step: step.step_ms)

@@ -6,10 +6,10 @@ from .attention import Row
 from .shapes import Shape
 
 
-def best_dense(rows: list[Row]) -> Row | None:
-    """The fastest dense baseline of the run: what a speed-up is measured against."""
-    timed = [row for row in rows if row.kind == "dense" and row.time]
-    return min(timed, key=lambda row: row.time.median, default=None)
+def best_dense(rows: list[Row]) -> tuple[str, float] | None:
+    """Name and milliseconds of the fastest dense baseline of the run: what a speed-up is measured against."""
+    timed = [(row.name, row.time.median) for row in rows if row.kind == "dense" and row.time]
+    return min(timed, key=lambda pair: pair[1], default=None)
 
 
 def format_table(rows: list[Row], shape: Shape) -> str:
@@ -31,8 +31,8 @@ def format_table(rows: list[Row], shape: Shape) -> str:
         if row.kind != "stage":
             density = 1.0 if row.density is None else row.density
             speed = f"{shape.dense_flops * density / row.time.median / 1e9:8.1f}"
-            ratio = f"{best.time.median / row.time.median:8.2f}x" if best and best.time else ""
-            ideal = f"{best.time.median * density / row.time.median:8.0%}" if best and best.time else ""
+            ratio = f"{best[1] / row.time.median:8.2f}x" if best else ""
+            ideal = f"{best[1] * density / row.time.median:8.0%}" if best else ""
             line += f" {speed} {ratio:>9s} {ideal:>9s} {row.error:8.1e}"
         lines.append(line)
     return "\n".join(lines)
@@ -47,15 +47,19 @@ def plot(rows: list[Row], path: Path, title: str) -> None:
 
     figure, axes = pyplot.subplots(figsize=(7, 4.5), layout="constrained")
     best = best_dense(rows)
-    drafts = [row for row in rows if row.kind == "draft" and row.time]
-    for name, budget in sorted({(row.name, row.budget) for row in drafts}):
-        points = sorted((row.sparsity, row.time.median) for row in drafts if (row.name, row.budget) == (name, budget))
-        axes.plot(*zip(*points, strict=True), marker="o", label=f"{name}, {budget} budget")
+    lines: dict[str, list[tuple[float, float]]] = {}
+    ideal = set()
+    for row in rows:
+        if row.kind == "draft" and row.time and row.sparsity is not None and row.density is not None:
+            lines.setdefault(f"{row.name}, {row.budget} budget", []).append((row.sparsity, row.time.median))
+            ideal.add((row.sparsity, row.density))
+    for label, points in lines.items():
+        axes.plot(*zip(*sorted(points), strict=True), marker="o", label=label)
     if best:
-        axes.axhline(best.time.median, color="black", linewidth=1, label=f"best dense ({best.name})")
-        ideal = sorted({(row.sparsity, best.time.median * row.density) for row in drafts})
+        axes.axhline(best[1], color="black", linewidth=1, label=f"best dense ({best[0]})")
         if ideal:
-            axes.plot(*zip(*ideal, strict=True), color="gray", linestyle="--", label="ideal: dense x density")
+            ideal = {(sparsity, best[1] * density) for sparsity, density in ideal}
+            axes.plot(*zip(*sorted(ideal), strict=True), color="gray", linestyle="--", label="ideal: dense x density")
     axes.set(xlabel="sparsity", ylabel="ms", title=title, ylim=(0, None))
     axes.legend()
     figure.savefig(path, dpi=150)

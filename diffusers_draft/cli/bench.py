@@ -7,8 +7,8 @@ from pathlib import Path
 import torch
 
 from .. import kernels
-from ..bench.attention import Case, run_dense, run_draft, to_json
 from ..bench import model
+from ..bench.attention import Case, run_dense, run_draft, to_json
 from ..bench.measure import environment
 from ..bench.model import MODELS
 from ..bench.shapes import SHAPES, Shape, random_inputs, structured_inputs
@@ -24,7 +24,7 @@ def add_parser(subparsers) -> None:
 
 
 def _add_attention(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--shape", choices=sorted(SHAPES), help="shape of a real model (default: cpu-10k or hunyuan-768p)")
+    parser.add_argument("--shape", choices=sorted(SHAPES), help="default: cpu-10k on a CPU, hunyuan-768p on a GPU")
     parser.add_argument("--grid", type=int, nargs=3, metavar=("T", "Y", "X"), help="video tokens, instead of --shape")
     parser.add_argument("--heads", type=int, default=24)
     parser.add_argument("--head-dim", type=int, default=128)
@@ -34,7 +34,7 @@ def _add_attention(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--budget", nargs="+", choices=["head", "row"], default=["head", "row"])
     parser.add_argument("--tile", type=int, nargs=2, default=[8, 16])
     parser.add_argument("--backend", nargs="+", help="default: every backend but the reference")
-    parser.add_argument("--dtype", choices=["float32", "float16", "bfloat16"], help="default: bfloat16, float32 on CPU")
+    parser.add_argument("--dtype", choices=["float32", "float16", "bfloat16"], help="default: float32 on CPU")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--random", action="store_true", help="Gaussian inputs instead of smooth fields with noise")
     parser.add_argument("--seed", type=int, default=0)
@@ -66,7 +66,8 @@ def run_attention(args: argparse.Namespace) -> None:
         name, shape = "custom", Shape(tuple(args.grid), args.heads, args.head_dim, args.text, args.batch)
     facts = environment(device)
     print(", ".join(f"{key} {value}" for key, value in facts.items()))
-    print(f"{name}: {shape}, {shape.seq_len:,} tokens, {args.dtype or dtype}, {'random' if args.random else 'structured'}")
+    kind = "random" if args.random else "structured"
+    print(f"{name}: {shape}, {shape.seq_len:,} tokens, {dtype}, {kind} inputs")
     inputs = (random_inputs if args.random else structured_inputs)(shape, device, dtype, args.seed)
     case = Case(shape, inputs, args.seconds)
     backends = args.backend or [backend for backend in kernels.BACKENDS if backend != "reference"]
@@ -78,7 +79,7 @@ def run_attention(args: argparse.Namespace) -> None:
     print(format_table(rows, shape))
     if args.json:
         record = {"environment": facts, "name": name, "shape": vars(shape), "dtype": str(dtype), "tile": args.tile}
-        record |= {"inputs": "random" if args.random else "structured", "rows": [to_json(row) for row in rows]}
+        record |= {"inputs": kind, "rows": [to_json(row) for row in rows]}
         args.json.write_text(json.dumps(record, indent=1) + "\n")
     if args.plot:
         plot(rows, args.plot, f"{name}, {facts['device']}, {str(dtype).removeprefix('torch.')}")

@@ -89,9 +89,7 @@ def _pick_by_head(scores: Tensor, sparsity: float, indices: Tensor, counts: Tens
                 FIRST=shift == DIGITS[0][0], SHIFT=shift, BITS=bits, COLUMNS=columns, num_warps=2,
             )  # fmt: skip
             _digit_kernel[(maps,)](histogram, wanted, threshold, SHIFT=shift, num_warps=4)
-        _ties_kernel[(n, maps)](
-            scores, row_lse, wanted, threshold, ties, n, stride, COLUMNS=columns, num_warps=2
-        )
+        _ties_kernel[(n, maps)](scores, row_lse, wanted, threshold, ties, n, stride, COLUMNS=columns, num_warps=2)
     ties_before = ties.cumsum(1, dtype=torch.int32) - ties
     _head_kernel[(counts.shape[-1], maps)](
         scores, row_lse, threshold, ties_before, wanted, indices, counts, stride, *sizes, **shape, num_warps=2

@@ -1,9 +1,9 @@
 """Backends: the contract, their names, which of them can run here, and the one that is used.
 
 A backend is a module of this package with
-`forward(query, key, value, mask, scale) -> out`, where the tensors are `(B, S, H, D)` in block order, the last stride 1,
-`mask` is a `BlockMask` and the result is softmax attention over the kept blocks and valid keys alone. Where it cannot
-run everywhere, `refusal(device, dtype, head_dim, block)` returns the reason or None.
+`forward(query, key, value, mask, scale) -> out`, where the tensors are `(B, S, H, D)` in block order with a last
+stride of 1, `mask` is a `BlockMask` and the result is softmax attention over the kept blocks and valid keys alone.
+One that cannot run everywhere has `refusal(device, dtype, head_dim, block)`, which returns the reason or None.
 """
 
 import functools

@@ -69,7 +69,7 @@ def _attend_to_all(
         tail.view(1, 1, 1, 1),
     )
     query, key, value = (tensor.expand(splits, -1, -1, -1) for tensor in (query, key, value))
-    kv_len = None if mask.kv_len is None else mask.kv_len[sample].expand(splits).contiguous()
+    kv_len = None if mask.kv_len is None else mask.kv_len[sample].repeat(splits)
     out, lse = _run(query, key, value, lists, kv_len, scale)
     weights = torch.softmax(lse, dim=0).transpose(1, 2).unsqueeze(-1)
     return (out * weights).sum(0, keepdim=True)
@@ -90,7 +90,10 @@ def _lists(full_counts: Tensor, full_indices: Tensor, tail_counts: Tensor, tail:
     )
 
 
-def _run(query, key, value, lists, kv_len, scale, out=None) -> tuple[Tensor, Tensor]:
-    return _flash_attn_fwd(
-        query, key, value, softmax_scale=scale, block_sparse_tensors=lists, seqused_k=kv_len, return_lse=out is None, out=out
-    )[:2]
+def _run(
+    query: Tensor, key: Tensor, value: Tensor, lists: BlockSparseTensorsTorch, kv_len: Tensor | None, scale: float,
+    out: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """Returns the attention, in `out` if given, and else the log-sum-exp of every row's scores, `(B, H, S)`."""
+    options = {"softmax_scale": scale, "block_sparse_tensors": lists, "seqused_k": kv_len}
+    return _flash_attn_fwd(query, key, value, **options, return_lse=out is None, out=out)[:2]

@@ -21,8 +21,8 @@ def check(name: str, forward, device: torch.device, dtype: torch.dtype, head_dim
         query, key, value, mask = _problem(device, dtype, head_dim, block)
         try:
             out = forward(query, key, value, mask, head_dim**-0.5).float()
-        except Exception as error:
-            raise RuntimeError(f"Backend {name!r} cannot run on {device} in {dtype}: {error}") from error
+        except Exception as failure:
+            raise RuntimeError(f"Backend {name!r} cannot run on {device} in {dtype}: {failure}") from failure
         expected = reference.forward(query.float(), key.float(), value.float(), mask, head_dim**-0.5)
         error = ((out - expected).norm() / expected.norm()).item()
     if not error <= TOLERANCE[dtype]:

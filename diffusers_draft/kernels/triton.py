@@ -184,10 +184,9 @@ def _attend_kernel(
     rows = block * BLOCK + tl.arange(0, BLOCK)
     dims = tl.arange(0, PADDED_DIM)
     out_ptr += sample.to(tl.int64) * out_stride_b + head.to(tl.int64) * out_stride_h
+    to = out_ptr + rows.to(tl.int64)[:, None] * out_stride_s + dims[None, :]
     mask = (rows < seq_len)[:, None] & (dims < HEAD_DIM)[None, :]
-    tl.store(
-        out_ptr + rows.to(tl.int64)[:, None] * out_stride_s + dims[None, :], acc.to(out_ptr.dtype.element_ty), mask=mask
-    )
+    tl.store(to, acc.to(out_ptr.dtype.element_ty), mask=mask)
     if HAS_LSE:
         lse = (peak + tl.math.log2(total)) * 0.6931471805599453
         tl.store(lse_ptr + (sample * heads + head).to(tl.int64) * seq_len + rows, lse, mask=rows < seq_len)
