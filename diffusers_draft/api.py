@@ -8,11 +8,10 @@ from typing import Any
 from torch import nn
 
 from .attach import Attachment, DraftProcessor, attention_module, check_parallel_config
-from .config import DraftConfig
+from .config import Budget, DraftConfig
 from .families import Family, families, family_of
 from .report import DraftReport, report_on
 from .schedule import Schedule
-from .select import Budget
 
 
 class DraftHandle:
@@ -152,7 +151,11 @@ def _transformers(pipe: Any) -> dict[str, tuple[nn.Module, Family]]:
         for name, component in components.items()
         if isinstance(component, nn.Module)
     }
-    found = {name: (module, family) for name, module in modules.items() if (family := family_of(module))}
+    found: dict[str, tuple[nn.Module, Family]] = {}
+    for name, module in modules.items():
+        family = family_of(module)
+        if family and all(module is not other for other, _ in found.values()):
+            found[name] = (module, family)
     if not found:
         candidates = [type(module).__name__ for name, module in modules.items() if "transformer" in name]
         raise TypeError(
@@ -212,7 +215,8 @@ def _attachment(transformer: nn.Module) -> Attachment | None:
 def _check_not_running(transformer: nn.Module | None) -> None:
     frame: FrameType | None = sys._getframe()
     while frame := frame and frame.f_back:
-        if transformer is not None and frame.f_locals.get("self") is transformer:
+        # Only torch's own frames are looked into: `f_locals` would keep a caller's variables alive.
+        if frame.f_code is nn.Module._call_impl.__code__ and frame.f_locals["self"] is transformer:
             raise RuntimeError(
                 f"A forward of {type(transformer).__name__} is running. Enable or disable draft attention between "
                 "forwards, for example in callback_on_step_end."

@@ -46,6 +46,10 @@ class Attachment:
     Attributes:
         originals: stock processor of each sparse layer, by module path, in execution order.
         dense_layers: module paths of the layers left alone.
+        steps: denoising steps so far, dense and sparse.
+        forwards: forwards so far, likewise.
+        masked_calls: calls that ran dense because of a mask.
+        last_sparse: grid and valid key lengths of the last sparse forward.
     """
 
     def __init__(
@@ -67,19 +71,24 @@ class Attachment:
         self.steps = {"dense": 0, "sparse": 0}
         self.forwards = {"dense": 0, "sparse": 0}
         self.masked_calls = 0
+        self.last_sparse: tuple[tuple[int, int, int], Tensor | None] | None = None
         self._last_step: Any = None
         self._parameters = tuple(inspect.signature(type(transformer).forward).parameters)[1:]
         self._number = next(_numbers)
-        self._shadows: dict[type, str] = {}
+        self._shadows: dict[str, types.ModuleType] = {}
         classes = {type(original) for original in originals.values()}
         patched: dict[type, Any] = {stock: self._patched_class(stock) for stock in classes}
         self.processors = {path: patched[type(original)].wrapping(original) for path, original in originals.items()}
         self._hook: Any = None
+        self._forget: weakref.finalize | None = None
 
     def attach(self) -> None:
         """Puts the processors and the hook in place, or nothing if any of it fails."""
         transformer = self.transformer()
         assert transformer is not None, "the transformer is held by the caller"
+        # In `sys.modules` because `torch.compile` looks up a function's globals by module name.
+        sys.modules.update(self._shadows)
+        self._forget = weakref.finalize(transformer, _drop_modules, tuple(self._shadows))
         try:
             for path, processor in self.processors.items():
                 attention_module(transformer, path).processor = processor
@@ -99,8 +108,8 @@ class Attachment:
                 module = attention_module(transformer, path)
                 if module.processor is processor:
                     module.processor = processor.unwrapped(self.originals[path])
-        for name in self._shadows.values():
-            sys.modules.pop(name, None)
+        if self._forget is not None:
+            self._forget()
 
     @property
     def attached(self) -> bool:
@@ -116,6 +125,8 @@ class Attachment:
         self.state.kv_len = self.family.kv_len(inputs, frames * rows * columns)
         dense = self.schedule.is_dense(inputs["timestep"])
         self.state.sparse = not dense
+        if not dense:
+            self.last_sparse = ((frames, rows, columns), self.state.kv_len)
         self._count(dense)
 
     def _count(self, dense: bool) -> None:
@@ -139,8 +150,12 @@ class Attachment:
         """Subclasses a stock processor; its `__call__` is upstream's code with our dispatch."""
         upstream = stock.__call__
         dispatch = _dispatch(self.state, self.config, upstream.__globals__["dispatch_attention_fn"])
-        call = _with_global(upstream, f"{__name__}.{stock.__name__}_{self._number}", dispatch)
-        self._shadows[stock] = call.__globals__["__name__"]
+        shadow = _shadow_module(f"{__name__}.{stock.__name__}_{self._number}", upstream.__globals__, dispatch)
+        self._shadows[shadow.__name__] = shadow
+        call = types.FunctionType(
+            upstream.__code__, shadow.__dict__, upstream.__name__, upstream.__defaults__, upstream.__closure__
+        )
+        call.__kwdefaults__ = upstream.__kwdefaults__
         state = self.state
 
         @functools.wraps(upstream)
@@ -180,21 +195,18 @@ class _Nothing:
     def __call__(self, *args: Any) -> None: ...
 
 
-def _with_global(function: Any, module_name: str, dispatch: Callable[..., Tensor]) -> Any:
-    """Makes `function` again, in a module of its own where `dispatch_attention_fn` is ours.
-
-    A real module in `sys.modules`, because `torch.compile` looks up the globals of a function by module name.
-    """
-    shadow = types.ModuleType(module_name)
+def _shadow_module(name: str, upstream: dict[str, Any], dispatch: Callable[..., Tensor]) -> types.ModuleType:
+    """Upstream's globals in a module of our own, where `dispatch_attention_fn` is ours."""
+    shadow = types.ModuleType(name)
     own = ("__name__", "__spec__", "__loader__", "__file__")
-    shadow.__dict__.update({name: value for name, value in function.__globals__.items() if name not in own})
+    shadow.__dict__.update({key: value for key, value in upstream.items() if key not in own})
     shadow.__dict__["dispatch_attention_fn"] = dispatch
-    sys.modules[module_name] = shadow
-    copy = types.FunctionType(
-        function.__code__, shadow.__dict__, function.__name__, function.__defaults__, function.__closure__
-    )
-    copy.__kwdefaults__ = function.__kwdefaults__
-    return copy
+    return shadow
+
+
+def _drop_modules(names: tuple[str, ...]) -> None:
+    for name in names:
+        sys.modules.pop(name, None)
 
 
 def _dispatch(state: State, config: DraftConfig, stock: Callable[..., Tensor]) -> Callable[..., Tensor]:

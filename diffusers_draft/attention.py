@@ -8,9 +8,8 @@ import torch
 from torch import Tensor
 
 from . import kernels, plain
-from .config import DraftConfig
+from .config import Budget, DraftConfig, check_grid
 from .layout import Grid, token_layout
-from .select import Budget
 
 
 def draft_attention(
@@ -56,6 +55,7 @@ def draft_attention(
         RuntimeError: if the chosen backend cannot run on these tensors.
     """
     config = DraftConfig(sparsity=sparsity, tile=tile, budget=budget, backend=backend)
+    check_grid(grid, prefix)
     geometry = torch.tensor([*grid, prefix])
     return attend(query, key, value, geometry, kv_len, config, scale)[0]
 

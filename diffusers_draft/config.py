@@ -1,10 +1,14 @@
 """All options and their checks."""
 
+import math
 from collections.abc import Iterable
 from dataclasses import dataclass
+from typing import Literal
 
 from .kernels import check_name
-from .select import BUDGETS, Budget
+from .select import BUDGETS
+
+Budget = Literal["head", "row"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -39,13 +43,15 @@ class DraftConfig:
             raise ValueError(f"sparsity must be in [0, 1), got {self.sparsity!r}. Use 0.9 to skip 90 % of the pairs.")
         if self.budget not in BUDGETS:
             raise ValueError(f"Unknown budget {self.budget!r}. Expected one of {', '.join(map(repr, BUDGETS))}.")
-        if len(self.tile) != 2 or min(self.tile) < 1 or self.tile[0] * self.tile[1] % 16:
+        if not _are_counts(self.tile, 2) or self.tile[0] * self.tile[1] % 16:
             raise ValueError(
                 f"tile must be (height, width) with height * width a multiple of 16 tokens, got {self.tile!r}. "
                 "The paper uses (8, 16)."
             )
         if self.dense_steps is not None and not 0 <= self.dense_steps <= 1:
             raise ValueError(f"dense_steps is a share of the run and must be in [0, 1], got {self.dense_steps!r}.")
+        if self.dense_timestep is not None and math.isnan(self.dense_timestep):
+            raise ValueError(f"dense_timestep must be a number, got {self.dense_timestep!r}.")
         check_name(self.backend)
         object.__setattr__(self, "tile", tuple(self.tile))
         if self.dense_layers is not None:
@@ -58,3 +64,15 @@ class DraftConfig:
     def hunyuan_custom(cls, sparsity: float = 0.9) -> "DraftConfig":
         """Settings of the paper's code for HunyuanCustom: dense while the timestep is above 975."""
         return cls(sparsity=sparsity, dense_timestep=975.0)
+
+
+def check_grid(grid: tuple[int, int, int], prefix: int) -> None:
+    """Raises ValueError for a grid that is not three positive counts, or a negative prefix."""
+    if not _are_counts(grid, 3):
+        raise ValueError(f"grid must be (T, Y, X): positive numbers of frames, rows and columns, got {grid!r}.")
+    if prefix < 0:
+        raise ValueError(f"prefix is the position of the first video token and must not be negative, got {prefix!r}.")
+
+
+def _are_counts(values: tuple[int, ...], length: int) -> bool:
+    return len(values) == length and all(isinstance(value, int) and value > 0 for value in values)

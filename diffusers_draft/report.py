@@ -1,5 +1,6 @@
 """What really happened: a report made from what the hot path left behind, only when it is asked for."""
 
+import math
 from dataclasses import dataclass
 
 import torch
@@ -86,14 +87,15 @@ class DraftReport:
 def report_on(component: str, attachment: Attachment) -> TransformerReport:
     """Reads the counters; waits for the device to fetch the densities."""
     state, config = attachment.state, attachment.config
-    grid = tuple(state.geometry.tolist()[:3])
+    frames, rows, columns, _ = state.geometry.tolist()
+    sparse_grid, kv_len = attachment.last_sparse or ((0, 0, 0), None)
     block = config.tile[0] * config.tile[1]
     counts = {path: processor.kv_num_blocks for path, processor in attachment.processors.items()}
     measured = next((count for count in counts.values() if count is not None), None)
     choice = blocks = None
     if measured is not None and state.kind is not None:
         choice = kernels.choose(config.backend, measured.device, *state.kind, block)
-        blocks = (measured.shape[-1], grid[0] * grid[1] * grid[2] // block)
+        blocks = (measured.shape[-1], math.prod(sparse_grid) // block)
     forwards = attachment.forwards
     return TransformerReport(
         component=component,
@@ -102,9 +104,9 @@ def report_on(component: str, attachment: Attachment) -> TransformerReport:
         attached=attachment.attached,
         backend=choice.name if choice else None,
         backend_reason=choice.reason if choice else None,
-        grid=grid if any(grid) else None,
+        grid=(frames, rows, columns) if frames else None,
         blocks=blocks,
-        densities={path: _density(count, state.kv_len, block) for path, count in counts.items()},
+        densities={path: _density(count, kv_len, block) for path, count in counts.items()},
         dense_layers=attachment.dense_layers,
         steps=dict(attachment.steps),
         forwards=dict(forwards),

@@ -1,14 +1,11 @@
 """From the draft map to the block pairs that are kept: one function per budget, then one list per query block."""
 
 from collections.abc import Callable
-from typing import Literal
 
 import torch
 from torch import Tensor
 
 from .block_mask import BlockMask
-
-Budget = Literal["head", "row"]
 
 OWN_BLOCK = 2.0
 """A score above every softmax value: a query block always keeps its own block."""

@@ -13,8 +13,8 @@ from torch.nn.functional import scaled_dot_product_attention
 from .. import kernels
 from ..attention import draft_attention, steps_for
 from ..block_mask import BlockMask
+from ..config import Budget
 from ..layout import token_layout
-from ..select import Budget
 from .measure import Time, measure
 from .shapes import Shape
 

@@ -18,8 +18,8 @@ from torch.nn.functional import scaled_dot_product_attention
 
 from .. import attach
 from ..api import enable_draft_attention
+from ..config import Budget
 from ..families import family_of
-from ..select import Budget
 from .measure import Time, measure
 from .shapes import SHAPES, Shape
 
