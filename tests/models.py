@@ -21,6 +21,8 @@ from diffusers import (
 )
 from torch import Tensor, nn
 
+from diffusers_draft import attach
+
 Grid = tuple[int, int, int]
 Inputs = dict[str, Any]
 
@@ -234,6 +236,11 @@ TINY = {
 def processors(model: nn.Module) -> dict[str, Any]:
     """Every attention processor of a model by module path."""
     return {path: module.processor for path, module in model.named_modules() if hasattr(module, "processor")}
+
+
+def patched(model: nn.Module) -> list[str]:
+    """Paths of the layers whose processor is not diffusers' own."""
+    return [path for path, processor in processors(model).items() if type(processor).__module__ == attach.__name__]
 
 
 @contextlib.contextmanager

@@ -15,13 +15,13 @@ import torch
 from diffusers import FirstBlockCacheConfig, PyramidAttentionBroadcastConfig, WanPipeline, WanTransformer3DModel
 from diffusers.models.attention_dispatch import AttentionBackendName, _AttentionBackendRegistry
 from diffusers.models.transformers.transformer_wan import WanAttnProcessor
-from models import error, processors, run_wan, wan_inputs
+from models import error, patched, processors, run_wan, wan_inputs
 from peft import LoraConfig
 from peft.utils import get_peft_model_state_dict
 from safetensors.torch import load_file
 from torch import Tensor
 
-from diffusers_draft import DraftHandle, attach, disable_draft_attention, enable_draft_attention
+from diffusers_draft import DraftHandle, disable_draft_attention, enable_draft_attention
 
 SPARSE_LAYERS = ["blocks.1.attn1", "blocks.2.attn1"]
 
@@ -29,10 +29,6 @@ SPARSE_LAYERS = ["blocks.1.attn1", "blocks.2.attn1"]
 def run(model: Any, inputs: models.Inputs | None = None) -> Tensor:
     with torch.no_grad():
         return model(**(inputs or wan_inputs())).sample
-
-
-def patched(model: torch.nn.Module) -> list[str]:
-    return [path for path, processor in processors(model).items() if isinstance(processor, attach._Draft)]
 
 
 def enable(pipe: Any, sparsity: float = 0.8) -> DraftHandle:
