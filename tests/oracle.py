@@ -1,0 +1,123 @@
+"""Draft attention from its definition: raster order, float64, plain loops, no code of the package."""
+
+import torch
+from torch import Tensor
+
+Grid = tuple[int, int, int]
+Pairs = set[tuple[int, int]]
+
+
+def attention(query: Tensor, key: Tensor, value: Tensor, mask: Tensor, scale: float | None = None) -> Tensor:
+    """Softmax attention of `(B, S, H, D)` tensors under a `(B, H, S, S)` bool mask, in float64."""
+    scale = query.shape[-1] ** -0.5 if scale is None else scale
+    query, key, value = (tensor.double().transpose(1, 2) for tensor in (query, key, value))
+    scores = (query @ key.transpose(-1, -2)) * scale
+    return (torch.softmax(scores.masked_fill(~mask, -torch.inf), dim=-1) @ value).transpose(1, 2)
+
+
+def length_mask(batch: int, heads: int, seq_len: int, lengths: Tensor | None) -> Tensor:
+    """`(B, H, S, S)` bool: dense attention to the leading `lengths` keys of each sample."""
+    mask = torch.ones(batch, heads, seq_len, seq_len, dtype=torch.bool)
+    if lengths is not None:
+        for sample, length in enumerate(lengths.tolist()):
+            mask[sample, :, :, length:] = False
+    return mask
+
+
+def error(found: Tensor, expected: Tensor) -> float:
+    """Relative error by norm."""
+    return ((found.double() - expected).norm() / expected.norm().clamp(min=1e-30)).item()
+
+
+def strips(rows: int, height: int) -> list[list[int]]:
+    """The rows of each strip: `round(rows / height)` strips of nearly equal height."""
+    count = max(1, round(rows / height))
+    members = [[] for _ in range(count)]
+    for row in range(rows):
+        members[((row + 1) * count - 1) // rows].append(row)
+    return members
+
+
+def walk(grid: Grid, height: int) -> list[int]:
+    """Raster positions in walking order: column by column, strips back and forth, odd frames reversed."""
+    frames, rows, columns = grid
+    path = []
+    for number, strip in enumerate(strips(rows, height)):
+        order = range(columns) if number % 2 == 0 else reversed(range(columns))
+        path += [row * columns + column for column in order for row in strip]
+    visited = []
+    for frame in range(frames):
+        one_frame = path if frame % 2 == 0 else path[::-1]
+        visited += [frame * rows * columns + position for position in one_frame]
+    return visited
+
+
+def block_order(grid: Grid, prefix: int, seq_len: int, height: int) -> Tensor:
+    """`(S,)` original position of each token when the video is walked first and all other tokens come behind."""
+    video = walk(grid, height)
+    others = [*range(prefix), *range(prefix + len(video), seq_len)]
+    return torch.tensor([prefix + position for position in video] + others, dtype=torch.int64)
+
+
+def listed(mask) -> list[list[list[list[int]]]]:
+    """The key blocks that a `BlockMask` lists, by sample, head and query block."""
+    counts, indices = mask.kv_num_blocks.tolist(), mask.kv_indices.tolist()
+    return [
+        [[indices[sample][head][row][:count] for row, count in enumerate(rows)] for head, rows in enumerate(heads)]
+        for sample, heads in enumerate(counts)
+    ]
+
+
+def token_mask(mask, order: Tensor) -> Tensor:
+    """`(B, H, S, S)` bool in raster order: the tokens that a `BlockMask` in block order lets each token attend to."""
+    batch, heads, num_blocks = mask.kv_num_blocks.shape
+    tokens = [order[start : start + mask.block] for start in range(0, mask.seq_len, mask.block)]
+    assert len(tokens) == num_blocks
+    raster = torch.zeros(batch, heads, mask.seq_len, mask.seq_len, dtype=torch.bool)
+    for sample, sample_rows in enumerate(listed(mask)):
+        for head, rows in enumerate(sample_rows):
+            for queries, kept in zip(tokens, rows, strict=True):
+                keys = torch.cat([tokens[block] for block in kept])
+                raster[sample, head, queries[:, None], keys] = True
+        if mask.kv_len is not None:
+            raster[sample, :, :, int(mask.kv_len[sample]) :] = False
+    return raster
+
+
+def block_means(tokens: Tensor, order: Tensor, num_blocks: int, block: int) -> Tensor:
+    """`(B, H, num_blocks, D)` float64 mean of each of the leading blocks of raster-ordered `(B, S, H, D)` tokens."""
+    batch, _, heads, head_dim = tokens.shape
+    means = torch.zeros(batch, heads, num_blocks, head_dim, dtype=torch.float64)
+    for index in range(num_blocks):
+        means[:, :, index] = tokens.double()[:, order[index * block : (index + 1) * block]].mean(dim=1)
+    return means
+
+
+def draft_map(query: Tensor, key: Tensor, order: Tensor, num_blocks: int, block: int, scale: float) -> Tensor:
+    """`(B, H, Nv, Nv)` float64 softmax attention between block means."""
+    query, key = (block_means(tensor, order, num_blocks, block) for tensor in (query, key))
+    draft = torch.zeros(*query.shape[:3], num_blocks, dtype=torch.float64)
+    for row in range(num_blocks):
+        scores = (query[:, :, row : row + 1] * key).sum(-1) * scale
+        weights = (scores - scores.amax(-1, keepdim=True)).exp()
+        draft[:, :, row] = weights / weights.sum(-1, keepdim=True)
+    return draft
+
+
+def number_of_pairs(num_blocks: int, sparsity: float, budget: str) -> int:
+    """How many video pairs are kept in each head."""
+    if budget == "head":
+        return max(num_blocks, round((1 - sparsity) * num_blocks * num_blocks))
+    return num_blocks * max(1, round((1 - sparsity) * num_blocks))
+
+
+def best_pairs(scores: Tensor, sparsity: float, budget: str) -> Pairs:
+    """The (query block, key block) pairs to keep of one head's `(Nv, Nv)` map: every own block, then the largest."""
+    num_blocks = len(scores)
+    count = number_of_pairs(num_blocks, sparsity, budget)
+    pairs = [(row, column) for row in range(num_blocks) for column in range(num_blocks)]
+    pairs.sort(key=lambda pair: (pair[0] == pair[1], float(scores[pair])), reverse=True)
+    if budget == "head":
+        return set(pairs[:count])
+    rows = [[pair for pair in pairs if pair[0] == row] for row in range(num_blocks)]
+    return {pair for row in rows for pair in row[: count // num_blocks]}

@@ -1,0 +1,171 @@
+import dataclasses
+
+import pytest
+import torch
+
+from diffusers_draft import DraftConfig, draft_attention
+from diffusers_draft.kernels import BACKENDS
+
+NAN = float("nan")
+GRID = (1, 8, 16)
+
+OPTIONS_OF_BOTH = [
+    ({"sparsity": 1.0}, r"sparsity must be in \[0, 1\), got 1.0"),
+    ({"sparsity": -0.1}, r"sparsity must be in \[0, 1\), got -0.1"),
+    ({"sparsity": 90}, r"sparsity must be in \[0, 1\), got 90"),
+    ({"sparsity": NAN}, r"sparsity must be in \[0, 1\), got nan"),
+    ({"budget": "heads"}, "Unknown budget 'heads'. Expected one of 'head', 'row'"),
+    ({"backend": "sdpa"}, "Unknown backend 'sdpa'. Expected 'auto' or one of 'reference', 'torch', 'flex', "),
+    ({"tile": (8, 15)}, r"tile must be .* multiple of 16 tokens, got \(8, 15\)"),
+    ({"tile": (8,)}, r"tile must be .*, got \(8,\)"),
+    ({"tile": (2, 8, 16)}, r"tile must be .*, got \(2, 8, 16\)"),
+    ({"tile": (0, 16)}, r"tile must be .*, got \(0, 16\)"),
+    ({"tile": (-8, -16)}, r"tile must be .*, got \(-8, -16\)"),
+    ({"tile": (16.0, 16)}, r"tile must be .*, got \(16.0, 16\)"),
+]
+OPTIONS_OF_CONFIG = [
+    ({"dense_steps": -0.25}, r"dense_steps .* must be in \[0, 1\], got -0.25"),
+    ({"dense_steps": 12}, r"dense_steps .* must be in \[0, 1\], got 12"),
+    ({"dense_steps": NAN}, r"dense_steps .* must be in \[0, 1\], got nan"),
+    ({"dense_timestep": NAN}, "dense_timestep .* got nan"),
+    ({"dense_layers": [0, -1]}, r"dense_layers must be layer indices from 0 on, got \(-1, 0\)"),
+    ({"dense_layers": ["blocks.0"]}, r"dense_layers must be layer indices from 0 on, got \('blocks.0',\)"),
+    ({"dense_layers": [0.5]}, r"dense_layers must be layer indices from 0 on, got \(0.5,\)"),
+]
+
+
+def tokens(*shape: int, **kwargs) -> torch.Tensor:
+    return torch.zeros(*(shape or (2, 200, 3, 32)), **kwargs)
+
+
+@pytest.mark.parametrize(("options", "message"), OPTIONS_OF_BOTH + OPTIONS_OF_CONFIG, ids=str)
+def test_config_refuses(options, message):
+    with pytest.raises(ValueError, match=message):
+        DraftConfig(**options)
+
+
+@pytest.mark.parametrize(("options", "message"), OPTIONS_OF_BOTH, ids=str)
+def test_draft_attention_refuses(options, message):
+    with pytest.raises(ValueError, match=message):
+        draft_attention(tokens(), tokens(), tokens(), GRID, **options)
+
+
+def test_a_refused_call_leaves_later_calls_alone():
+    grid, tile = (1, 24, 32), (4, 16)
+    query = torch.randn(1, 800, 1, 32, generator=torch.Generator().manual_seed(0))
+    with pytest.raises((TypeError, ValueError)):
+        draft_attention(query, query, query, grid, tile=(4.0, 16.0))
+    assert draft_attention(query, query, query, grid, tile=tile).shape == query.shape
+
+
+def test_every_limit_itself_is_allowed():
+    config = DraftConfig(sparsity=0, tile=(4, 4), dense_steps=1, dense_timestep=0.0, dense_layers=[])
+    assert (config.sparsity, config.tile, config.dense_steps, config.dense_layers) == (0, (4, 4), 1, ())
+    assert all(DraftConfig(backend=name).backend == name for name in ("auto", *BACKENDS))
+
+
+def test_defaults_are_those_of_the_paper():
+    config = DraftConfig()
+    assert (config.sparsity, config.budget, config.tile, config.backend) == (0.9, "head", (8, 16), "auto")
+    assert config.dense_steps is config.dense_timestep is config.dense_layers is None
+    assert DraftConfig.hunyuan_custom() == DraftConfig(dense_timestep=975.0)
+    assert DraftConfig.hunyuan_custom(sparsity=0.5) == DraftConfig(sparsity=0.5, dense_timestep=975.0)
+
+
+def test_config_is_frozen_keyword_only_and_hashable():
+    config = DraftConfig(tile=[8, 16], dense_layers=iter([3, 1, 1]))
+    assert config == DraftConfig(dense_layers=(1, 3))
+    assert hash(config) == hash(DraftConfig(dense_layers=(1, 3)))
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        config.sparsity = 0.5
+    with pytest.raises(TypeError):
+        DraftConfig(0.5)
+
+
+@pytest.mark.parametrize(
+    ("grid", "prefix"), [((1, 8, 26), 0), ((2, 8, 16), 0), ((1, 8, 16), 73), ((21, 30, 52), 0)], ids=str
+)
+def test_a_grid_that_does_not_fit_the_sequence_is_refused(grid, prefix):
+    with pytest.raises(ValueError, match=r"The grid \(T, Y, X\) = .* video tokens .* only 200 tokens"):
+        draft_attention(tokens(), tokens(), tokens(), grid, prefix=prefix)
+
+
+@pytest.mark.parametrize(
+    "grid", [(0, 8, 16), (1, -8, 16), (-1, -8, 16), (8, 16), (1, 1, 8, 16), (1.0, 8.0, 16.0)], ids=str
+)
+def test_a_grid_that_is_none_is_refused(grid):
+    with pytest.raises(ValueError, match=r"grid"):
+        draft_attention(tokens(), tokens(), tokens(), grid)
+
+
+def test_a_negative_prefix_is_refused():
+    with pytest.raises(ValueError, match=r"prefix"):
+        draft_attention(tokens(), tokens(), tokens(), GRID, prefix=-1)
+
+
+@pytest.mark.parametrize(
+    "shapes",
+    [
+        [(200, 3, 32)] * 3,
+        [(2, 200, 96)] * 3,
+        [(2, 200, 3, 32), (2, 201, 3, 32), (2, 201, 3, 32)],
+        [(2, 200, 3, 32), (2, 200, 3, 32), (2, 200, 3, 64)],
+        [(2, 200, 3, 32), (2, 200, 1, 32), (2, 200, 1, 32)],
+        [(2, 200, 3, 32), (1, 200, 3, 32), (1, 200, 3, 32)],
+    ],
+    ids=str,
+)
+def test_tensors_of_other_shapes_are_refused_with_their_shapes(shapes):
+    with pytest.raises(ValueError, match=r"one shape \(B, S, H, D\), got") as error:
+        draft_attention(*(tokens(*shape) for shape in shapes), GRID)
+    assert all(str(shape) in str(error.value) for shape in shapes)
+
+
+@pytest.mark.parametrize("position", [0, 1, 2])
+def test_mixed_dtypes_are_refused(position):
+    tensors = [tokens(), tokens(), tokens()]
+    tensors[position] = tensors[position].half()
+    with pytest.raises(ValueError, match=r"same dtype, got .*torch.float16"):
+        draft_attention(*tensors, GRID)
+
+
+@pytest.mark.parametrize("position", [0, 1, 2])
+def test_mixed_devices_are_refused(position):
+    tensors = [tokens(), tokens(), tokens()]
+    tensors[position] = tensors[position].to("meta")
+    with pytest.raises(ValueError, match=r"same device, got .*meta"):
+        draft_attention(*tensors, GRID)
+
+
+@pytest.mark.parametrize("backend", ["auto", "torch"])
+def test_other_dtypes_are_refused(backend):
+    tensors = [tokens(dtype=torch.float64)] * 3
+    with pytest.raises(RuntimeError, match=r"needs float32, float16 or bfloat16 tensors, got torch.float64"):
+        draft_attention(*tensors, GRID, backend=backend)
+
+
+@pytest.mark.parametrize(
+    "kv_len",
+    [torch.tensor(200), torch.tensor([200]), torch.tensor([[200, 200]]), torch.tensor([200, 200, 200])],
+    ids=lambda kv_len: str(tuple(kv_len.shape)),
+)
+def test_kv_len_of_another_shape_is_refused(kv_len):
+    with pytest.raises(ValueError, match=r"kv_len must hold one integer for each of the 2 samples, got shape \("):
+        draft_attention(tokens(), tokens(), tokens(), GRID, kv_len=kv_len)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_kv_len_that_is_not_integer_is_refused(dtype):
+    with pytest.raises(ValueError, match=f"kv_len must hold one integer .* dtype {dtype}"):
+        draft_attention(tokens(), tokens(), tokens(), GRID, kv_len=torch.tensor([200, 200], dtype=dtype))
+
+
+@pytest.mark.parametrize("kv_len", [[200, 201], [137, 200], [0, 200], [-1, 200]], ids=str)
+def test_kv_len_out_of_range_is_refused(kv_len):
+    with pytest.raises(ValueError, match=r"kv_len must lie between prefix \+ T \* Y \* X = 138 and S = 200, got"):
+        draft_attention(tokens(), tokens(), tokens(), GRID, prefix=10, kv_len=torch.tensor(kv_len))
+
+
+def test_the_limits_of_kv_len_are_allowed():
+    out = draft_attention(tokens(), tokens(), tokens(), GRID, prefix=10, kv_len=torch.tensor([138, 200]))
+    assert out.shape == (2, 200, 3, 32)

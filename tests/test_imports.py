@@ -1,0 +1,165 @@
+import ast
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import diffusers_draft
+
+PACKAGE = Path(diffusers_draft.__file__).parent
+EDGES = ("__main__", "cli", "demo", "bench")
+"""Applications of the package: they may import all of it, and nothing of it may import them."""
+
+ALLOWED = {
+    "": {"api", "attention", "config"},
+    "api": {"attach", "config", "families", "report", "schedule"},
+    "attach": {"attention", "config", "families", "schedule"},
+    "attention": {"block_mask", "config", "draft", "kernels", "layout", "plain", "select"},
+    "block_mask": set(),
+    "config": {"kernels", "select"},
+    "draft": set(),
+    "layout": set(),
+    "plain": {"block_mask", "draft", "layout", "select"},
+    "report": {"attach", "block_mask", "config", "kernels"},
+    "schedule": set(),
+    "select": {"block_mask"},
+    "fused": {"fused.*"},
+    "fused.*": {"block_mask", "layout"},
+    "families": {"layout", "families.*"},
+    "families.*": {"families", "layout"},
+    "kernels": {"block_mask", "kernels.probe"},
+    "kernels.probe": {"block_mask", "kernels.reference"},
+    "kernels.*": {"block_mask"},
+}
+BACKEND_PACKAGES = {
+    "fused.order": {"triton"},
+    "fused.select": {"triton"},
+    "kernels.triton": {"triton"},
+    "kernels.fa4": {"flash_attn"},
+}
+USES_DIFFUSERS = ("api", "attach", "families", *EDGES)
+
+
+def modules() -> dict[str, Path]:
+    """Every file of the package by its module name inside the package; the package itself is ""."""
+    paths = sorted(PACKAGE.rglob("*.py"))
+    names = [path.relative_to(PACKAGE).with_suffix("").parts for path in paths]
+    return {
+        ".".join(name[:-1] if name[-1] == "__init__" else name): path for name, path in zip(names, paths, strict=True)
+    }
+
+
+MODULES = modules()
+CORE = [name for name in MODULES if name.split(".")[0] not in EDGES]
+
+
+def imports(name: str, source: str | None = None) -> tuple[set[str], set[str]]:
+    """The modules of the package that a module imports, anywhere in its code, and the other packages."""
+    source = MODULES[name].read_text() if source is None else source
+    inside, outside = set(), set()
+
+    def add(module: str) -> None:
+        package, _, rest = module.partition(".")
+        if package != "diffusers_draft":
+            outside.add(package)
+        else:
+            inside.add(rest)
+
+    parents = ["diffusers_draft", *name.split(".")] if name else ["diffusers_draft"]
+    if MODULES[name].name != "__init__.py":
+        parents = parents[:-1]
+    for node in ast.walk(ast.parse(source)):
+        if isinstance(node, ast.Import):
+            for alias in node.names:
+                add(alias.name)
+        elif isinstance(node, ast.ImportFrom):
+            base = parents[: len(parents) - node.level + 1] if node.level else []
+            module = ".".join([*base, *([node.module] if node.module else [])])
+            for alias in node.names:
+                submodule = f"{module}.{alias.name}"
+                add(submodule if submodule.partition(".")[2] in MODULES else module)
+    return inside - {name}, outside
+
+
+def row(name: str) -> str:
+    """The row of the table that speaks of a module."""
+    folder = name.rpartition(".")[0]
+    return name if name in ALLOWED or not folder else f"{folder}.*"
+
+
+def test_the_reader_of_imports_sees_every_form():
+    source = """
+import torch.nn
+from . import probe, names
+from .flex import forward
+from .. import layout
+from ..select import select
+from diffusers_draft.draft import block_means
+def later():
+    from diffusers.models import attention
+"""
+    inside = {"kernels.probe", "kernels.flex", "layout", "select", "draft"}
+    assert imports("kernels.reference", source) == (inside | {"kernels"}, {"torch", "diffusers"})
+    assert imports("kernels", source) == (inside, {"torch", "diffusers"})
+
+
+@pytest.mark.parametrize("name", CORE)
+def test_imports_go_one_way(name):
+    assert row(name) in ALLOWED, f"{name} is a new module: say in ALLOWED what it may import"
+    allowed = ALLOWED[row(name)]
+    assert {module for module in imports(name)[0] if not {module, row(module)} & allowed} == set()
+
+
+@pytest.mark.parametrize("name", MODULES)
+def test_diffusers_is_imported_only_at_the_edges(name):
+    if name.split(".")[0] not in USES_DIFFUSERS:
+        assert not imports(name)[1] & {"diffusers", "transformers", "accelerate"}
+
+
+@pytest.mark.parametrize("name", CORE)
+def test_core_needs_torch_diffusers_and_the_package_of_a_backend(name):
+    allowed = {"torch", "diffusers"} | BACKEND_PACKAGES.get(name, set())
+    assert imports(name)[1] - allowed - sys.stdlib_module_names == set()
+
+
+def test_there_are_no_utils():
+    assert not {"utils", "util", "common", "helpers", "misc"} & {part for name in MODULES for part in name.split(".")}
+
+
+def run(code: str) -> str:
+    return subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
+
+
+def test_importing_the_package_imports_no_models():
+    loaded = run("import sys, diffusers_draft; print(*sys.modules)").split()
+    assert "diffusers_draft.attention" in loaded
+    assert [name for name in loaded if name.startswith(("diffusers.models", "diffusers.pipelines"))] == []
+
+
+def test_importing_the_package_patches_nothing():
+    code = """
+import sys
+import torch
+import diffusers.models.attention_dispatch
+import diffusers.models.transformers.transformer_hunyuan_video
+import diffusers.models.transformers.transformer_wan
+
+def contents(module):
+    found = {}
+    for name, value in vars(module).items():
+        if not isinstance(value, type(sys)):
+            found[name] = id(value)
+            if isinstance(value, type):
+                found |= {f"{name}.{attribute}": id(member) for attribute, member in vars(value).items()}
+    return found
+
+watched = [module for name, module in sys.modules.items() if name.startswith("diffusers.models")]
+watched += [torch, torch.nn, torch.nn.functional, torch.nn.Module]
+before = [contents(module) for module in watched]
+import diffusers_draft
+print(len(watched), [str(module) for module, old in zip(watched, before) if contents(module) != old])
+"""
+    count, changed = run(code).split(maxsplit=1)
+    assert int(count) > 20
+    assert changed.strip() == "[]"
