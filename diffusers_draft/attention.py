@@ -149,6 +149,8 @@ def _check_tensors(query: Tensor, key: Tensor, value: Tensor, kv_len: Tensor | N
             raise ValueError(f"query, key and value must have the same {name}, got {', '.join(map(str, found))}.")
     if kv_len is None:
         return
+    if not isinstance(kv_len, Tensor):
+        raise ValueError(f"kv_len must be a tensor of {query.shape[0]} integers, got {kv_len!r}.")
     if kv_len.shape != (query.shape[0],) or kv_len.is_floating_point():
         raise ValueError(
             f"kv_len must hold one integer for each of the {query.shape[0]} samples, got shape "

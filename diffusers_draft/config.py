@@ -1,6 +1,7 @@
 """All options and their checks."""
 
 import math
+import operator
 from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Literal
@@ -53,12 +54,9 @@ class DraftConfig:
         if self.dense_timestep is not None and math.isnan(self.dense_timestep):
             raise ValueError(f"dense_timestep must be a number, got {self.dense_timestep!r}.")
         check_name(self.backend)
-        object.__setattr__(self, "tile", tuple(self.tile))
+        object.__setattr__(self, "tile", tuple(map(operator.index, self.tile)))
         if self.dense_layers is not None:
-            layers = tuple(sorted(set(self.dense_layers)))
-            if any(not isinstance(layer, int) or layer < 0 for layer in layers):
-                raise ValueError(f"dense_layers must be layer indices from 0 on, got {layers!r}.")
-            object.__setattr__(self, "dense_layers", layers)
+            object.__setattr__(self, "dense_layers", _layer_indices(self.dense_layers))
 
     @classmethod
     def hunyuan_custom(cls, sparsity: float = 0.9) -> "DraftConfig":
@@ -74,5 +72,20 @@ def check_grid(grid: tuple[int, int, int], prefix: int) -> None:
         raise ValueError(f"prefix is the position of the first video token and must not be negative, got {prefix!r}.")
 
 
+def _layer_indices(layers: Iterable[int]) -> tuple[int, ...]:
+    layers = tuple(layers)
+    try:
+        indices = sorted({operator.index(layer) for layer in layers})
+    except TypeError:
+        indices = [-1]
+    if any(index < 0 for index in indices):
+        raise ValueError(f"dense_layers must be layer indices from 0 on, got {layers!r}.")
+    return tuple(indices)
+
+
 def _are_counts(values: tuple[int, ...], length: int) -> bool:
-    return len(values) == length and all(isinstance(value, int) and value > 0 for value in values)
+    try:
+        counts = [operator.index(value) for value in values]
+    except TypeError:
+        return False
+    return len(counts) == length and min(counts) > 0

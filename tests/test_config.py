@@ -28,7 +28,7 @@ OPTIONS_OF_CONFIG = [
     ({"dense_steps": 12}, r"dense_steps .* must be in \[0, 1\], got 12"),
     ({"dense_steps": NAN}, r"dense_steps .* must be in \[0, 1\], got nan"),
     ({"dense_timestep": NAN}, "dense_timestep .* got nan"),
-    ({"dense_layers": [0, -1]}, r"dense_layers must be layer indices from 0 on, got \(-1, 0\)"),
+    ({"dense_layers": [0, -1]}, r"dense_layers must be layer indices from 0 on, got \(0, -1\)"),
     ({"dense_layers": ["blocks.0"]}, r"dense_layers must be layer indices from 0 on, got \('blocks.0',\)"),
     ({"dense_layers": [0.5]}, r"dense_layers must be layer indices from 0 on, got \(0.5,\)"),
 ]

@@ -33,8 +33,8 @@ ALLOWED = {
     "kernels.*": {"block_mask"},
 }
 BACKEND_PACKAGES = {
-    "fused.order": {"triton"},
-    "fused.select": {"triton"},
+    "fused.ordering": {"triton"},
+    "fused.selection": {"triton"},
     "kernels.triton": {"triton"},
     "kernels.fa4": {"flash_attn"},
 }

@@ -139,7 +139,7 @@ def _keys(scores, lse, row, COLUMNS: tl.constexpr):
     """Fixed-point ranks: the own block above all, columns outside the map at -1."""
     column = tl.arange(0, COLUMNS)
     gap = tl.maximum(tl.minimum(scores - lse, 0.0), -63.9)
-    keys = tl.maximum(tl.minimum(_TOP + (gap * 33554432.0).to(tl.int32), _TOP - 1), 0)
+    keys = tl.maximum(tl.minimum((gap * 33554432.0).to(tl.int32) + _TOP, _TOP - 1), 0)
     keys = tl.where(column == row, _TOP, keys)
     return tl.where(scores == float("-inf"), -1, keys)
 
@@ -170,8 +170,10 @@ def _histogram_kernel(
     digit = keys & (BINS - 1)
     match = (keys >= 0) & (keys >> BITS == tl.load(threshold_ptr + map_id) >> SHIFT >> BITS)
     if BITS <= 6:
-        counted = tl.histogram(digit, BINS, mask=match)
-        tl.atomic_add(histogram_ptr + tl.arange(0, BINS), counted, mask=counted > 0)
+        bins = tl.arange(0, BINS)
+        others = COLUMNS - tl.sum(match.to(tl.int32), 0)
+        counted = tl.histogram(tl.where(match, digit, 0), BINS) - tl.where(bins == 0, others, 0)
+        tl.atomic_add(histogram_ptr + bins, counted, mask=counted > 0)
     else:
         tl.atomic_add(histogram_ptr + digit, 1, mask=match)
 
