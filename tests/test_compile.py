@@ -12,8 +12,8 @@ from torch._dynamo.utils import counters
 
 from diffusers_draft import attach, disable_draft_attention, enable_draft_attention
 
-GRIDS = [(3, 15, 17), (5, 20, 13)]
-"""Resolutions after the first one: other rows, then all three."""
+GRIDS = [(3, 17, 13), (5, 20, 13), (5, 13, 20)]
+"""Resolutions after the first one: as many tokens, more of them, as many again."""
 
 
 @pytest.fixture(autouse=True)
@@ -142,7 +142,7 @@ def test_graphs(name: str, way: str, order: str) -> None:
     for grid, before, after in zip(GRIDS, stock, stock[1:], strict=False):
         already = graphs()
         compiled(**inputs(2, grid))
-        assert graphs() - already <= after - before + of_resolution
+        assert graphs() - already <= (after - before + of_resolution if after > before else 0)
         assert handle.report().transformers[0].grid == grid
 
 
