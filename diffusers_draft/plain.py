@@ -10,8 +10,15 @@ from .select import select as select_from_map
 
 
 def order(tokens: Tensor, layout: TokenLayout, average: bool = True) -> tuple[Tensor, Tensor | None]:
-    """Puts `(B, S, H, D)` tokens in block order and averages the video blocks, `(B, H, Nv, D)` float32."""
-    ordered = tokens.index_select(1, layout.order)
+    """Puts `(B, S, H, D)` tokens in block order and averages the video blocks, `(B, H, Nv, D)` float32.
+
+    The memory is that of `(B, H, S, D)`: blocks are contiguous, as the kernels read them.
+    """
+    batch, seq_len, heads, head_dim = tokens.shape
+    sample, head = _counts(batch, layout)[:, None, None], _counts(heads, layout)[:, None]
+    rows = (sample * seq_len + layout.order) * heads + head
+    ordered = tokens.reshape(-1, head_dim).index_select(0, rows.flatten())
+    ordered = ordered.view(batch, heads, seq_len, head_dim).transpose(1, 2)
     if not average:
         return ordered, None
     with torch.no_grad():
@@ -29,4 +36,12 @@ def select(
 
 def restore(out: Tensor, layout: TokenLayout) -> Tensor:
     """Puts block-ordered `(B, S, H, D)` tokens back in their original order, contiguous."""
-    return out.index_select(1, layout.inverse).contiguous()
+    batch, seq_len, heads, head_dim = out.shape
+    sample, head = _counts(batch, layout)[:, None, None], _counts(heads, layout)
+    rows = (sample * heads + head) * seq_len + layout.inverse[:, None]
+    restored = out.transpose(1, 2).reshape(-1, head_dim).index_select(0, rows.flatten())
+    return restored.view(batch, seq_len, heads, head_dim)
+
+
+def _counts(number: int, layout: TokenLayout) -> Tensor:
+    return torch.arange(number, device=layout.order.device)
