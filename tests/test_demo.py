@@ -18,7 +18,7 @@ from diffusers_draft.cli import main
 from diffusers_draft.demo.capture import QueryKey, captured
 from diffusers_draft.demo.model import demo_inputs, demo_pipeline
 from diffusers_draft.demo.pictures import draft_picture, side_by_side
-from diffusers_draft.demo.run import psnr
+from diffusers_draft.demo.run import generate, psnr
 
 TINY = ["--steps", "2", "--frames", "5", "--height", "32", "--width", "64"]
 """3 x 8 x 16 tokens: three blocks."""
@@ -53,7 +53,7 @@ def test_demo_prints_the_report_and_both_times(demo):
     assert "layers    5 sparse, 1 dense" in out
     # round(0.5 * 9) of nine pairs are four.
     assert "density   0.444 (layers from 0.444 to 0.444)" in out
-    assert re.search(r"Denoising: \d+\.\d s dense, \d+\.\d s with draft attention: \d+\.\dx\.", out)
+    assert re.search(r"Denoising on one CPU thread: \d+\.\d s dense, \d+\.\d s with draft attention: \d+\.\dx\.", out)
     assert re.search(r"PSNR between the two videos: \d+\.\d dB", out)
     assert str(folder) in out
     assert "dense: 100%" in err and "draft attention: 100%" in err
@@ -181,6 +181,15 @@ def test_capture_refuses_a_patched_layer(pipe):
         captured(pipe.transformer.blocks[1].attn1),
     ):
         pass
+
+
+def test_runs_on_one_thread_and_restores_the_rest(pipe, inputs):
+    before, seen = torch.get_num_threads(), []
+    hook = pipe.transformer.register_forward_pre_hook(lambda *_: seen.append(torch.get_num_threads()))
+    generate(pipe, inputs, 2, "dense")
+    hook.remove()
+    assert seen == [1, 1]
+    assert torch.get_num_threads() == before
 
 
 def test_psnr():
