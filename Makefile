@@ -14,7 +14,7 @@ demo: $(VENV)/installed-demo
 	$(BIN)/diffusers-draft demo --output out
 
 test: lint $(VENV)/installed-dev
-	$(BIN)/python -m pytest --cov
+	$(BIN)/python -m pytest -n auto --cov
 
 lint: $(VENV)/installed-dev
 	$(BIN)/ruff check .

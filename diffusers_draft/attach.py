@@ -4,6 +4,7 @@ Every modern diffusers processor ends in one call of the module global `dispatch
 upstream's own `__call__` code with that one name bound to ours, so that nothing upstream does is copied here.
 """
 
+import contextlib
 import functools
 import inspect
 import itertools
@@ -37,6 +38,8 @@ class State:
         self.geometry = torch.zeros(4, dtype=torch.int64)
         self.kv_len: Tensor | None = None
         self.processor: Any = None
+        self.forwards_to_recompute = 0
+        self.recomputed = False
         self.kind: tuple[torch.dtype, int] | None = None
 
 
@@ -72,7 +75,7 @@ class Attachment:
         self.forwards = {"dense": 0, "sparse": 0}
         self.masked_calls = 0
         self.last_sparse: tuple[tuple[int, int, int], Tensor | None] | None = None
-        self._last_step: Any = None
+        self._last_step: tuple[int, int] | None = None
         self._parameters = tuple(inspect.signature(type(transformer).forward).parameters)[1:]
         self._number = next(_numbers)
         self._shadows: dict[str, types.ModuleType] = {}
@@ -123,6 +126,9 @@ class Attachment:
         frames, rows, columns = self.family.grid(inputs, module.config)
         self.state.geometry = torch.tensor([frames, rows, columns, self.family.prefix])
         self.state.kv_len = self.family.kv_len(inputs, frames * rows * columns)
+        if torch.is_grad_enabled() and getattr(module, "gradient_checkpointing", False):
+            self.state.forwards_to_recompute = 1 if self.state.recomputed else self.state.forwards_to_recompute + 1
+            self.state.recomputed = False
         dense = self.schedule.is_dense(inputs["timestep"])
         self.state.sparse = not dense
         if not dense:
@@ -133,18 +139,17 @@ class Attachment:
         """Counts one forward and, when the scheduler has moved on, one step."""
         kind = "dense" if dense else "sparse"
         self.forwards[kind] += 1
-        step = self.schedule.observe()
-        key = object() if step is None else (*self.schedule._run, step)
-        if key != self._last_step:
-            self._last_step = key
+        if self.schedule.now is None or self.schedule.now != self._last_step:
             self.steps[kind] += 1
+        self._last_step = self.schedule.now
         for processor in self.processors.values():
             self.masked_calls += processor.masked
             processor.masked = False
 
     def __reduce__(self) -> Any:
-        # A copy or a pickle of a patched transformer is a stock transformer.
-        return (_Nothing, ())
+        # A copy or a pickle of a patched transformer is a stock transformer, with a hook from the standard library
+        # that takes three arguments and does nothing.
+        return (getattr, (contextlib.nullcontext(), "__exit__"))
 
     def _patched_class(self, stock: type) -> type:
         """Subclasses a stock processor; its `__call__` is upstream's code with our dispatch."""
@@ -189,12 +194,6 @@ class DraftProcessor:
         return (object.__new__, (self._stock,), attributes)
 
 
-class _Nothing:
-    """A hook that does nothing."""
-
-    def __call__(self, *args: Any) -> None: ...
-
-
 def _shadow_module(name: str, upstream: dict[str, Any], dispatch: Callable[..., Tensor]) -> types.ModuleType:
     """Upstream's globals in a module of our own, where `dispatch_attention_fn` is ours."""
     shadow = types.ModuleType(name)
@@ -230,6 +229,8 @@ def _dispatch(state: State, config: DraftConfig, stock: Callable[..., Tensor]) -
         masked = attn_mask is not None and (state.kv_len is None or attn_mask.shape[-2] > 1)
         if masked:
             state.processor.masked = state.sparse
+        if not torch.compiler.is_compiling():
+            _check_recomputation(state)
         if masked or not state.sparse:
             return stock(
                 query,
@@ -256,6 +257,18 @@ def _dispatch(state: State, config: DraftConfig, stock: Callable[..., Tensor]) -
         return out
 
     return dispatch_attention_fn
+
+
+def _check_recomputation(state: State) -> None:
+    """Raises RuntimeError when gradient checkpointing recomputes a forward whose state a later one has replaced."""
+    if torch._C._current_graph_task_id() == -1:  # not in a backward
+        return
+    if state.forwards_to_recompute > 1:
+        raise RuntimeError(
+            f"{state.forwards_to_recompute} forwards ran before this backward. Under gradient checkpointing draft "
+            "attention can recompute only the latest: run backward after each forward, or disable one of the two."
+        )
+    state.recomputed = True
 
 
 def check_parallel_config(parallel_config: Any) -> None:

@@ -12,66 +12,71 @@ class Schedule:
     All transformers of a pipeline share one schedule, as they share one scheduler.
 
     Attributes:
-        dense_until: index of the first sparse step of the current run.
+        now: run and step of the latest forward; None where no scheduler tells them.
     """
 
     def __init__(self, pipe: Any, dense_steps: float | None, dense_timestep: float) -> None:
         self._pipe = weakref.ref(pipe) if hasattr(pipe, "scheduler") else None
         self._dense_steps = dense_steps
         self._dense_timestep = dense_timestep
-        self._run: tuple[Tensor | None, int] = (None, 0)
-        self.dense_until = 0
+        self._timesteps: Tensor | None = None
+        self._values: list[float] = []
+        self._dense_until = 0
+        self._runs = 0
+        self.now: tuple[int, int] | None = None
         if self._pipe is None and dense_steps:
             raise ValueError(
                 f"dense_steps={dense_steps} is a share of a run, and a transformer alone does not know the run. "
                 "Enable draft attention on the pipeline, or use dense_timestep."
             )
 
-    @property
-    def has_dense_steps(self) -> bool:
-        if self._dense_steps is not None:
-            return self._dense_steps > 0
-        return self._dense_timestep != float("inf")
-
-    def scheduler(self) -> Any | None:
-        pipe = None if self._pipe is None else self._pipe()
-        return None if pipe is None else pipe.scheduler
-
     def is_dense(self, timestep: Tensor) -> bool:
         """Says whether the coming forward is dense.
 
         Args:
-            timestep: the forward's argument, any shape; read (a GPU sync) only where no scheduler knows the step.
+            timestep: the forward's argument, any shape, in the scheduler's units. It is read, which waits for the
+                GPU, where no scheduler knows the step: before a run's first step unless the pipeline has told the
+                scheduler where the run begins, and for schedulers without a `step_index`.
         """
-        if not self.has_dense_steps:
-            return False
-        scheduler = self.scheduler()
-        if not hasattr(scheduler, "step_index"):
-            return self._is_dense_value(timestep, scheduler)
-        step = self.observe()
-        return step is not None and step < self.dense_until
-
-    def observe(self) -> int | None:
-        """Reads the timesteps of a new run (the one sync of a run) and returns the current step, if one is known."""
-        scheduler = self.scheduler()
+        scheduler = self._scheduler()
+        never = self._dense_steps == 0 or (self._dense_steps is None and self._dense_timestep == float("inf"))
         if scheduler is None:
-            return None
-        begin = getattr(scheduler, "begin_index", None) or 0
-        if scheduler.timesteps is not self._run[0] or begin != self._run[1]:
-            self._run = (scheduler.timesteps, begin)
-            self.dense_until = self._first_sparse_step(scheduler.timesteps.tolist(), begin)
-        step = getattr(scheduler, "step_index", None)
-        return begin if step is None else step
+            self.now = None
+            return not never and float(timestep.max()) > self._dense_timestep
+        is_new = scheduler.timesteps is not self._timesteps
+        if is_new:
+            self._timesteps, self._values = scheduler.timesteps, scheduler.timesteps.tolist()
+            self._runs += 1
+        step = self._step(scheduler, timestep, never)
+        if is_new:
+            begun = getattr(scheduler, "step_index", None) is not None
+            self._dense_until = self._first_sparse_step(
+                getattr(scheduler, "begin_index", None) or (0 if begun else step)
+            )
+        self.now = (self._runs, step)
+        return not never and step < self._dense_until
 
-    def _first_sparse_step(self, timesteps: list[float], begin: int) -> int:
-        if self._dense_steps is not None:
-            return begin + round(self._dense_steps * (len(timesteps) - begin))
-        return next((i for i, t in enumerate(timesteps) if t <= self._dense_timestep), len(timesteps))
+    def _step(self, scheduler: Any, timestep: Tensor, never: bool) -> int:
+        if not hasattr(scheduler, "step_index"):
+            return self._nearest(timestep)
+        if scheduler.step_index is not None:
+            return scheduler.step_index
+        if scheduler.begin_index is not None:
+            return scheduler.begin_index
+        # Video-to-video runs start in the middle, and not every pipeline tells the scheduler so.
+        return 0 if never else self._nearest(timestep)
 
-    def _is_dense_value(self, timestep: Tensor, scheduler: Any | None) -> bool:
+    def _scheduler(self) -> Any | None:
+        pipe = None if self._pipe is None else self._pipe()
+        return None if pipe is None else pipe.scheduler
+
+    def _nearest(self, timestep: Tensor) -> int:
+        """The step whose timestep is nearest: models may get it rounded to their dtype."""
         value = float(timestep.max())
-        if self._dense_steps is None:
-            return value > self._dense_timestep
-        assert scheduler is not None  # checked by __init__
-        self.observe()
-        return sum(t > value for t in scheduler.timesteps.tolist()) < self.dense_until
+        return min(range(len(self._values)), key=lambda step: abs(self._values[step] - value))
+
+    def _first_sparse_step(self, first: int) -> int:
+        if self._dense_steps is not None:
+            return first + round(self._dense_steps * (len(self._values) - first))
+        below = (step for step, value in enumerate(self._values) if value <= self._dense_timestep)
+        return next(below, len(self._values))

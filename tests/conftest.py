@@ -7,6 +7,8 @@ from hypothesis import HealthCheck, settings
 if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")  # before anything imports triton
 
+torch.set_num_threads(1)  # the tests run side by side
+
 settings.register_profile(
     "default",
     deadline=None,

@@ -13,6 +13,7 @@ from ..bench.measure import environment
 from ..bench.model import MODELS
 from ..bench.shapes import SHAPES, Shape, random_inputs, structured_inputs
 from ..bench.table import format_table, plot
+from ..config import DraftConfig, check_grid
 from . import CommandError
 
 
@@ -57,6 +58,15 @@ def _add_model(parser: argparse.ArgumentParser) -> None:
 
 
 def run_attention(args: argparse.Namespace) -> None:
+    try:
+        for sparsity in args.sparsity:
+            DraftConfig(sparsity=sparsity, tile=args.tile)
+        for backend in args.backend or []:
+            kernels.check_name(backend)
+        if args.grid:
+            check_grid(tuple(args.grid), 0)
+    except ValueError as error:
+        raise CommandError(str(error)) from error
     device = torch.device(args.device)
     on_cpu = device.type == "cpu"
     dtype = getattr(torch, args.dtype or ("float32" if on_cpu else "bfloat16"))
@@ -70,12 +80,13 @@ def run_attention(args: argparse.Namespace) -> None:
     print(f"{name}: {shape}, {shape.seq_len:,} tokens, {dtype}, {kind} inputs")
     inputs = (random_inputs if args.random else structured_inputs)(shape, device, dtype, args.seed)
     case = Case(shape, inputs, args.seconds)
+    tile = (args.tile[0], args.tile[1])
     backends = args.backend or [backend for backend in kernels.BACKENDS if backend != "reference"]
     with torch.inference_mode():
         rows = list(run_dense(case))
         for sparsity in args.sparsity:
             for budget in args.budget:
-                rows += run_draft(case, sparsity, budget, tuple(args.tile), backends)
+                rows += run_draft(case, sparsity, budget, tile, backends)
     print(format_table(rows, shape))
     if args.json:
         record = {"environment": facts, "name": name, "shape": vars(shape), "dtype": str(dtype), "tile": args.tile}

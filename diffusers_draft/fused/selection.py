@@ -44,7 +44,7 @@ def select(
     kv_indices = torch.empty(batch, heads, num_blocks, num_blocks, dtype=torch.int32, device=device)
     kv_num_blocks = torch.empty(batch, heads, num_blocks, dtype=torch.int32, device=device)
     flat = [tensor.flatten(0, 1) for tensor in (query_means, key_means, kv_indices, kv_num_blocks)]
-    pick = _pick_by_head if budget == "head" else _pick_by_row
+    pick = {"head": _pick_by_head, "row": _pick_by_row}[budget]
     step = max(1, MAX_SCORES // max(1, num_video**2))
     for first in range(0, batch * heads, step):
         queries, keys, indices, counts = (tensor[first : first + step] for tensor in flat)
