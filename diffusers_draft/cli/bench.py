@@ -12,6 +12,7 @@ from ..bench.attention import Case, run_dense, run_draft, to_json
 from ..bench.measure import environment
 from ..bench.model import MODELS
 from ..bench.shapes import SHAPES, Shape, random_inputs, structured_inputs
+from ..bench.summary import speed_section
 from ..bench.table import format_table, plot
 from ..config import DraftConfig, check_grid
 from . import CommandError
@@ -21,6 +22,8 @@ def add_parser(subparsers) -> None:
     bench = subparsers.add_parser("bench", help="measure speed on this machine")
     what = bench.add_subparsers(dest="what", required=True)
     _add_attention(what.add_parser("attention", help="one attention call: dense baselines, backends, stages"))
+    summary = what.add_parser("summary", help="print the recorded results as README shows them")
+    summary.set_defaults(run=run_summary)
     _add_model(what.add_parser("model", help="one denoising step of a real transformer, dense and sparse"))
 
 
@@ -118,3 +121,7 @@ def run_model(args: argparse.Namespace) -> None:
         record = {"environment": facts, "model": args.model, "options": options, "prediction": prediction}
         record["steps"] = [model.to_json(step) for step in steps]
         args.json.write_text(json.dumps(record, indent=1) + "\n")
+
+
+def run_summary(args: argparse.Namespace) -> None:
+    print(speed_section())

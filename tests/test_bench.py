@@ -1,0 +1,117 @@
+"""The bench command on shapes that take a moment, its refusal to time what is wrong, and README's tables."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor
+
+from diffusers_draft import kernels
+from diffusers_draft.bench import model
+from diffusers_draft.bench.attention import Case, run_dense, run_draft
+from diffusers_draft.bench.shapes import SHAPES, Shape, random_inputs, structured_inputs
+from diffusers_draft.bench.summary import speed_section
+from diffusers_draft.bench.table import format_table
+from diffusers_draft.cli import main
+
+TINY = ["bench", "attention", "--grid", "3", "13", "17", "--heads", "2", "--head-dim", "32", "--text", "20"]
+SHAPE = Shape((3, 13, 17), 2, 32, text=20)
+
+
+def a_case(seconds: float = 0.01) -> Case:
+    return Case(SHAPE, structured_inputs(SHAPE, torch.device("cpu"), torch.float32), seconds)
+
+
+def test_bench_attention_writes_table_json_and_picture(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    table, picture = tmp_path / "result.json", tmp_path / "result.png"
+    options = ["--sparsity", "0.5", "0.9", "--backend", "torch", "--seconds", "0.01"]
+    main([*TINY, *options, "--json", str(table), "--plot", str(picture)])
+    printed = capsys.readouterr().out
+    assert "sparsity 0.9, row budget" in printed and "stage: draft and select" in printed
+    record = json.loads(table.read_text())
+    drafts = [row for row in record["rows"] if row["kind"] == "draft"]
+    assert {(row["sparsity"], row["budget"]) for row in drafts} == {
+        (s, b) for s in (0.5, 0.9) for b in ("head", "row")
+    }
+    assert all(row["time"]["median"] > 0 and row["error"] < 1e-5 for row in drafts)
+    assert torch.__version__.startswith(record["environment"]["torch"])
+    assert picture.read_bytes().startswith(b"\x89PNG")
+
+
+def test_a_wrong_result_is_not_timed(monkeypatch: pytest.MonkeyPatch) -> None:
+    def zeros(query: Tensor, *_: object) -> Tensor:
+        return torch.zeros_like(query)
+
+    def choose(*_: object) -> kernels.Choice:
+        return kernels.Choice("torch", "asked for", zeros)
+
+    monkeypatch.setattr(kernels, "choose", choose)
+    draft = next(iter(run_draft(a_case(), 0.5, "head", (8, 16), ["torch"])))
+    assert draft.time is None and draft.note == "wrong numbers, not timed"
+    assert "wrong numbers, not timed" in format_table([draft], SHAPE)
+
+
+def test_a_backend_that_cannot_run_says_why() -> None:
+    draft = next(iter(run_draft(a_case(), 0.5, "head", (8, 16), ["fa4"])))
+    assert draft.time is None and "fa4" in draft.note
+
+
+def test_dense_rows_are_right() -> None:
+    rows = list(run_dense(a_case()))
+    assert [row.name for row in rows] == ["diffusers default", "sdpa"]
+    assert all(row.time and row.error < 1e-5 for row in rows)
+
+
+@pytest.mark.parametrize("inputs", [random_inputs, structured_inputs])
+def test_inputs_have_the_shape_and_come_from_the_seed(inputs) -> None:
+    shape = Shape((2, 9, 11), 3, 16, text=7, batch=2)
+    first, again, other = (inputs(shape, torch.device("cpu"), torch.bfloat16, seed) for seed in (0, 0, 1))
+    for a, b, c in zip(first, again, other, strict=True):
+        assert a.shape == (2, 205, 3, 16) and a.dtype == torch.bfloat16
+        assert torch.equal(a, b) and not torch.equal(a, c)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--sparsity", "1"], "sparsity must be in"),
+        (["--backend", "nonsense"], "Unknown backend"),
+        (["--tile", "3", "5"], "tile must be"),
+        (["--grid", "0", "8", "8"], "grid must be"),
+    ],
+)
+def test_user_errors_are_one_line(options: list[str], message: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as stop:
+        main([*TINY, *options])
+    assert stop.value.code == 2
+    error = capsys.readouterr().err
+    assert message in error and error.count("\n") == 1
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="this machine has a GPU")
+def test_bench_model_needs_a_gpu(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        main(["bench", "model"])
+    assert "needs a CUDA GPU" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("name", model.MODELS)
+def test_models_are_of_their_real_size_and_the_run_adds_up(name: str) -> None:
+    entry = model.MODELS[name]
+    assert entry.shape in SHAPES
+    costs = {path: 1.0 for path, _, _ in entry.blocks}
+    dense = model.Step("dense", False, {path: 4.0 for path in costs}, 2.0, 4.0 * 50, {}, 0.0)
+    draft = model.Step("draft", False, costs, 2.0, 1.0 * 50, {}, 0.0)
+    prediction = model.predict(name, [dense, draft], 50)
+    sparse = 50 + 3.0 * (2 if "hunyuan" in name else 1)
+    assert prediction["sparse_step_ms"] == sparse
+    dense_steps = prediction["dense_steps"]
+    assert 0 < dense_steps < 25
+    expected = (dense_steps * 200 + (50 - dense_steps) * sparse) * entry.forwards / 1e3
+    assert prediction["draft_s"] == pytest.approx(expected)
+
+
+def test_readme_shows_the_recorded_results() -> None:
+    readme = (Path(__file__).parents[1] / "README.md").read_text()
+    assert speed_section() in readme
