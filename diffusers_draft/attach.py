@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .attention import attend
+from .attention import attend, check_backend
 from .config import DraftConfig
 from .families import Family
 from .schedule import Schedule
@@ -31,7 +31,10 @@ def attention_module(transformer: nn.Module, path: str) -> Any:
 
 
 class State:
-    """What compiled code reads and writes: bools and tensors, so that no layer and no resolution recompiles."""
+    """What one forward leaves for its layers.
+
+    Compiled code reads bools and tensors alone, so that no layer and no resolution recompiles.
+    """
 
     def __init__(self) -> None:
         self.sparse = False
@@ -64,6 +67,7 @@ class Attachment:
         originals: dict[str, Any],
         dense_layers: tuple[str, ...],
     ) -> None:
+        check_backend(config.backend)
         self.transformer = weakref.ref(transformer)
         self.family = family
         self.config = config

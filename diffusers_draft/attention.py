@@ -60,6 +60,12 @@ def draft_attention(
     return attend(query, key, value, geometry, kv_len, config, scale)[0]
 
 
+def check_backend(name: str) -> None:
+    """Raises ImportError if the package of a backend that was asked for by name is missing."""
+    if name != "auto":
+        kernels.load(name)
+
+
 def attend(
     query: Tensor,
     key: Tensor,
