@@ -2,8 +2,9 @@
 
 import math
 import operator
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from numbers import Integral
 from typing import Literal
 
 from .kernels import check_name
@@ -84,8 +85,7 @@ def _layer_indices(layers: Iterable[int]) -> tuple[int, ...]:
 
 
 def _are_counts(values: tuple[int, ...], length: int) -> bool:
-    try:
-        counts = [operator.index(value) for value in values]
-    except TypeError:
+    # `int` comes first: under torch.compile a size is one, and nothing here may make it a constant.
+    if not isinstance(values, Sequence) or len(values) != length:
         return False
-    return len(counts) == length and min(counts) > 0
+    return all(isinstance(value, (int, Integral)) and value > 0 for value in values)
