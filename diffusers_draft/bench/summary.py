@@ -66,10 +66,4 @@ def _source(record: dict[str, Any]) -> str:
     facts = record["environment"]
     packages = ("torch", "triton", "flash-attn-4", "diffusers")
     versions = ", ".join(f"{name} {facts[name]}" for name in packages if name in facts)
-    return f"{facts['device']}, {versions}, {facts['date']}: `{_command(facts['command'])}`"
-
-
-def _command(command: str) -> str:
-    """The command without the folder its result was written to."""
-    words = command.split()
-    return " ".join(word.rsplit("/", 1)[-1] if word.endswith(".json") else word for word in words)
+    return f"{facts['device']}, {versions}, {facts['date']}: `{facts['command']}`"

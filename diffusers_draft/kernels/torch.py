@@ -12,7 +12,7 @@ from torch.nn.functional import scaled_dot_product_attention
 
 from ..block_mask import BlockMask
 
-CHUNK_ELEMENTS = {"cpu": 1 << 20}
+CHUNK_ELEMENTS = {"cpu": 1 << 21}
 """Most key elements gathered at once: what the caches of a CPU hold, 2**26 on other devices."""
 
 
