@@ -375,3 +375,9 @@ def test_operator_says_what_was_computed():
     out, counts = torch.ops.diffusers_draft.attend(*arguments)
     assert torch.equal(out, draft_attention(*tensors, (1, 16, 32), sparsity=0.5, budget="row"))
     assert counts.tolist() == [[[2, 2, 2, 2]] * 2]
+
+
+def test_flex_says_that_it_has_no_backward() -> None:
+    query, key, value = (torch.randn(1, 160, 1, 16, requires_grad=True) for _ in range(3))
+    with pytest.raises(RuntimeError, match="'flex' has no backward"):
+        draft_attention(query, key, value, (1, 10, 16), backend="flex")

@@ -17,6 +17,8 @@ def _compiled():
 
 def forward(query: Tensor, key: Tensor, value: Tensor, mask: BlockMask, scale: float) -> Tensor:
     """Attends to the kept blocks; tensors are `(B, S, H, D)` in block order."""
+    if torch.is_grad_enabled() and any(tensor.requires_grad for tensor in (query, key, value)):
+        raise RuntimeError("Backend 'flex' has no backward: its lists are not transposed. Choose backend='torch'.")
     query, key, value = (tensor.transpose(1, 2) for tensor in (query, key, value))
     out = _compiled()(query, key, value, block_mask=_flex_mask(mask), scale=scale)
     return out.transpose(1, 2).contiguous()
@@ -36,16 +38,17 @@ def _flex_mask(mask: BlockMask) -> FlexBlockMask:
     tail_indices = torch.zeros_like(mask.kv_indices)
     tail_indices[..., 0] = tail
     # The constructor, not `from_kv_blocks`: that also transposes the lists for the backward, through a dense map.
+    # The backward never runs; older versions of torch insist on lists for it.
     return FlexBlockMask(
         seq_lengths=sizes,
         kv_num_blocks=ends_in_tail,
         kv_indices=tail_indices,
         full_kv_num_blocks=mask.kv_num_blocks - ends_in_tail,
         full_kv_indices=mask.kv_indices,
-        q_num_blocks=None,
-        q_indices=None,
-        full_q_num_blocks=None,
-        full_q_indices=None,
+        q_num_blocks=ends_in_tail,
+        q_indices=tail_indices,
+        full_q_num_blocks=ends_in_tail,
+        full_q_indices=tail_indices,
         BLOCK_SIZE=(mask.block, mask.block),
         mask_mod=is_valid,
     )
