@@ -2,7 +2,7 @@
 
 import contextlib
 from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -197,7 +197,3 @@ def _checked_row(
     if not error <= TOLERANCE[case.tensors[0].dtype]:
         return Row(name, kind, error=error, note="wrong numbers, not timed", **facts)
     return Row(name, kind, time=measure(call, case.seconds), error=error, **facts)
-
-
-def to_json(row: Row) -> dict[str, Any]:
-    return asdict(row)

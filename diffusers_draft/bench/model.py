@@ -7,7 +7,7 @@ and the whole step is summed from those.
 import contextlib
 import gc
 from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from typing import Any
 from unittest import mock
 
@@ -282,7 +282,3 @@ def predict(name: str, steps: list[Step], num_steps: int) -> dict[str, float]:
         "step_speedup": best.step_ms / sparse_ms,
         "run_speedup": num_steps * best.step_ms / draft_ms,
     }
-
-
-def to_json(step: Step) -> dict[str, Any]:
-    return asdict(step)

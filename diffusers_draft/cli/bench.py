@@ -2,13 +2,14 @@
 
 import argparse
 import json
+from dataclasses import asdict
 from pathlib import Path
 
 import torch
 
 from .. import kernels
 from ..bench import model
-from ..bench.attention import Case, run_dense, run_draft, to_json
+from ..bench.attention import Case, run_dense, run_draft
 from ..bench.measure import environment
 from ..bench.model import MODELS
 from ..bench.shapes import SHAPES, Shape, random_inputs, structured_inputs
@@ -93,7 +94,7 @@ def run_attention(args: argparse.Namespace) -> None:
     print(format_table(rows, shape))
     if args.json:
         record = {"environment": facts, "name": name, "shape": vars(shape), "dtype": str(dtype), "tile": args.tile}
-        record |= {"inputs": kind, "rows": [to_json(row) for row in rows]}
+        record |= {"inputs": kind, "rows": [asdict(row) for row in rows]}
         args.json.write_text(json.dumps(record, indent=1) + "\n")
     if args.plot:
         plot(rows, args.plot, f"{name}, {facts['device']}, {str(dtype).removeprefix('torch.')}")
@@ -119,7 +120,7 @@ def run_model(args: argparse.Namespace) -> None:
     )
     if args.json:
         record = {"environment": facts, "model": args.model, "options": options, "prediction": prediction}
-        record["steps"] = [model.to_json(step) for step in steps]
+        record["steps"] = [asdict(step) for step in steps]
         args.json.write_text(json.dumps(record, indent=1) + "\n")
 
 
