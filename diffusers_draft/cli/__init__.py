@@ -5,18 +5,28 @@ A subcommand module has `add_parser(subparsers)`, which adds its parser and sets
 """
 
 import argparse
+import contextlib
 import importlib
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import NoReturn
 
 from .. import __version__
 
-SUBCOMMANDS = ("demo", "bench")
+SUBCOMMANDS = ("demo", "generate", "bench")
 
 
 class CommandError(Exception):
     """What the user asked for cannot be done. The message is one line that says why and what to do."""
+
+
+@contextlib.contextmanager
+def one_line(*errors: type[Exception]) -> Iterator[None]:
+    """Turns these errors into `CommandError`s whose message is one line."""
+    try:
+        yield
+    except errors as error:
+        raise CommandError(" ".join(str(error).split())) from error
 
 
 class _Parser(argparse.ArgumentParser):

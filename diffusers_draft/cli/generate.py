@@ -1,0 +1,70 @@
+"""`diffusers-draft generate`: a video from any diffusers pipeline that draft attention knows."""
+
+import argparse
+from pathlib import Path
+from typing import Any
+
+from .. import DraftConfig, enable_draft_attention
+from . import CommandError, one_line
+from .model_options import add_model_options, call, check_packages, image, loaded
+
+
+def add_parser(subparsers: argparse._SubParsersAction) -> None:
+    """Adds `generate` to the command line."""
+    parser = subparsers.add_parser(
+        "generate",
+        help="generate a video with any supported diffusers model",
+        description="Generates a video with draft attention and prints what draft attention did.",
+    )
+    add_model_options(parser)
+    parser.add_argument("--prompt", required=True, help="what the video shall show")
+    parser.add_argument("--seed", type=int, default=0, help="of the noise (default: 0)")
+    parser.add_argument("--sparsity", type=float, default=0.9, help="share of the block pairs to skip (default: 0.9)")
+    parser.add_argument("--budget", choices=["head", "row"], default="head")
+    parser.add_argument(
+        "--dense-steps", type=float, metavar="SHARE", help="of the run that stays dense (default: as in the paper)"
+    )
+    parser.add_argument("--backend", default="auto", help="what computes the sparse attention (default: auto)")
+    parser.add_argument("--dense", action="store_true", help="leave draft attention out, to compare with")
+    parser.add_argument("--output", type=Path, default=Path("out.mp4"), metavar="FILE", help="default: out.mp4")
+    parser.set_defaults(run=run)
+
+
+def run(args: argparse.Namespace) -> None:
+    """Checks everything that can be checked, loads, generates, writes.
+
+    Raises:
+        CommandError: if the model, the image or an option is wrong, or the video cannot be written; then its frames
+            are kept and the message says where.
+    """
+    check_packages("generate", "imageio", "imageio_ffmpeg", "transformers", "ftfy")
+    from ..generation.run import call_arguments
+    from ..generation.run import run as run_pipeline
+    from ..generation.video import check_writable
+
+    with one_line(ValueError, OSError):
+        config = DraftConfig(
+            sparsity=args.sparsity, budget=args.budget, dense_steps=args.dense_steps, backend=args.backend
+        )
+        check_writable(args.output)
+    start = image(args)
+    pipe = loaded(args)
+    with one_line(ValueError, ImportError, RuntimeError):
+        arguments = call_arguments(pipe, prompt=args.prompt, seed=args.seed, image=start, **call(args))
+        handle = None if args.dense else enable_draft_attention(pipe, config=config)
+        clip = run_pipeline(pipe, arguments)
+    print(handle.report() if handle else "dense: draft attention was left out")
+    print(f"Denoising took {clip.denoising_seconds:.1f} s, the whole call {clip.seconds:.1f} s.")
+    _write(clip.frames, args.output, args.fps)
+    print(f"Wrote {args.output}.")
+
+
+def _write(frames: Any, path: Path, fps: float) -> None:
+    from ..generation.video import keep_frames, write_video
+
+    try:
+        write_video(frames, path, fps)
+    except OSError as error:
+        with one_line(OSError):
+            kept = keep_frames(frames, path)
+        raise CommandError(f"{error} The frames are kept in {kept} (numpy.load(...)['frames']).") from error

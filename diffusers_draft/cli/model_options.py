@@ -1,0 +1,89 @@
+"""The options of the commands that run a diffusers pipeline: which model, how it is held, what is asked of it."""
+
+import argparse
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+import torch
+from PIL import Image
+
+from ..generation.loading import Model, load
+from . import CommandError, one_line
+
+CALL = {
+    "negative_prompt": "negative_prompt",
+    "height": "height",
+    "width": "width",
+    "frames": "num_frames",
+    "steps": "num_inference_steps",
+    "guidance_scale": "guidance_scale",
+}
+"""Option -> argument of the pipeline's call."""
+
+
+def add_model_options(parser: argparse.ArgumentParser) -> None:
+    """Adds the options that `model`, `call` and `image` read."""
+    parser.add_argument("--model", required=True, help="hub id or folder of a diffusers pipeline")
+    parser.add_argument("--image", type=Path, help="what the video starts from, for image-to-video models")
+    parser.add_argument("--negative-prompt", help="what the video shall not show")
+    for name, unit in (("height", "in pixels"), ("width", "in pixels"), ("frames", "of the video"), ("steps", "")):
+        parser.add_argument(f"--{name}", type=int, metavar="N", help=f"{unit} (default: the pipeline's)".strip())
+    parser.add_argument("--guidance-scale", type=float, metavar="X", help="(default: the pipeline's)")
+    parser.add_argument("--fps", type=float, default=16, help="frames per second of the file (default: 16)")
+    parser.add_argument(
+        "--dtype", choices=["float32", "float16", "bfloat16"], help="default: bfloat16, float32 on a CPU"
+    )
+    parser.add_argument(
+        "--offload",
+        choices=["none", "model", "sequential"],
+        default="none",
+        help="keep one model, or one layer, at a time on the accelerator",
+    )
+    parser.add_argument("--fp8", action="store_true", help="store the transformer's weights in float8")
+    parser.add_argument("--compile", action="store_true", help="compile the transformer's repeated blocks")
+    parser.add_argument("--vae-tiling", action="store_true", help="decode the video in tiles, to save memory")
+
+
+def check_packages(extra: str, *packages: str) -> None:
+    """Raises CommandError if a package of an extra is missing."""
+    if missing := [package for package in packages if find_spec(package) is None]:
+        raise CommandError(f"{', '.join(missing)} is not installed: pip install 'diffusers-draft[{extra}]'")
+
+
+def model(args: argparse.Namespace) -> Model:
+    return Model(
+        name=args.model,
+        dtype=getattr(torch, args.dtype) if args.dtype else None,
+        offload=args.offload,
+        fp8=args.fp8,
+        compile=args.compile,
+        vae_tiling=args.vae_tiling,
+    )
+
+
+def call(args: argparse.Namespace) -> dict[str, Any]:
+    """The arguments of the pipeline's call that were given."""
+    return {name: getattr(args, option) for option, name in CALL.items() if getattr(args, option) is not None}
+
+
+def image(args: argparse.Namespace) -> Image.Image | None:
+    """Reads `--image`.
+
+    Raises:
+        CommandError: if it is not a readable image.
+    """
+    if args.image is None:
+        return None
+    with one_line(OSError):
+        return Image.open(args.image).convert("RGB")
+
+
+def loaded(args: argparse.Namespace) -> Any:
+    """Loads `--model`.
+
+    Raises:
+        CommandError: if it cannot be loaded, or does not fit the other options.
+    """
+    with one_line(OSError, ValueError, ImportError, torch.OutOfMemoryError):
+        return load(model(args), with_image=args.image is not None)

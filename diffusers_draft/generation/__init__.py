@@ -1,0 +1,1 @@
+"""Videos from any diffusers pipeline that draft attention knows: loading, running, writing files."""

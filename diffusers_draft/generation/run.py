@@ -1,0 +1,83 @@
+"""One call of a pipeline: its arguments, its frames, its time."""
+
+import time
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor
+
+from .loading import call_parameters, transformers
+
+
+@dataclass(frozen=True)
+class Clip:
+    """A generated video.
+
+    Attributes:
+        frames: `(F, H, W, 3)` uint8.
+        denoising_seconds: from the transformer's first forward to the end of the last denoising step.
+        seconds: of the whole call, with text encoding and decoding.
+    """
+
+    frames: np.ndarray
+    denoising_seconds: float
+    seconds: float
+
+
+def call_arguments(pipe: Any, *, prompt: str, seed: int, image: Image.Image | None = None, **given: Any) -> Any:
+    """Makes the keyword arguments of a pipeline call.
+
+    Args:
+        pipe: a text-to-video or image-to-video pipeline.
+        prompt: what the video shall show.
+        seed: of the noise, which is drawn on the CPU and so is the same on every device.
+        image: what the video shall start from.
+        **given: other arguments by the pipeline's names; None leaves the pipeline's default.
+
+    Raises:
+        ValueError: if the pipeline takes no such argument.
+    """
+    given = {name: value for name, value in given.items() if value is not None}
+    if image is not None:
+        given["image"] = image
+    parameters = call_parameters(type(pipe))
+    if unknown := sorted(set(given) - set(parameters)):
+        raise ValueError(f"{type(pipe).__name__} takes no {' and no '.join(unknown)}.")
+    # HunyuanVideo's models are distilled for guidance and leave the negative prompt unread by default.
+    if "negative_prompt" in given and "true_cfg_scale" in parameters:
+        raise ValueError(f"{type(pipe).__name__} ignores a negative prompt: its guidance is distilled.")
+    return given | {"prompt": prompt, "generator": torch.Generator().manual_seed(seed)}
+
+
+def run(pipe: Any, arguments: dict[str, Any]) -> Clip:
+    """Runs the pipeline once, under its own progress bar.
+
+    Raises:
+        ValueError: if the pipeline refuses the arguments, or the video is not finite.
+    """
+    starts: list[float] = []
+    ends: list[float] = []
+
+    def on_step_end(pipe: Any, step: int, timestep: Tensor, tensors: dict[str, Any]) -> dict[str, Any]:
+        if torch.accelerator.is_available():
+            torch.accelerator.synchronize()
+        ends.append(time.perf_counter())
+        return {}
+
+    hooks = [
+        transformer.register_forward_pre_hook(lambda *_: starts.append(time.perf_counter()))
+        for transformer in transformers(pipe)
+    ]
+    begin = time.perf_counter()
+    try:
+        video = pipe(**arguments, output_type="np", callback_on_step_end=on_step_end).frames[0]
+    finally:
+        for hook in hooks:
+            hook.remove()
+    if not np.isfinite(video).all():
+        raise ValueError("The video holds values that are not finite. Try another dtype.")
+    seconds = time.perf_counter() - begin
+    return Clip((video * 255).round().astype(np.uint8), ends[-1] - starts[0], seconds)

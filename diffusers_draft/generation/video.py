@@ -1,0 +1,84 @@
+"""Video files: whether one can be written, writing it, and keeping the frames when that fails."""
+
+import subprocess
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import imageio
+import imageio_ffmpeg
+import numpy as np
+
+
+def check_writable(path: Path) -> None:
+    """Finds out whether a video that is to be written much later can be written, by encoding a tiny one beside it.
+
+    Raises:
+        OSError: if it cannot: the folder is closed, the disk is full, or there is no ffmpeg that works.
+        ValueError: if the file would not be an mp4.
+    """
+    if path.suffix != ".mp4":
+        raise ValueError(f"Videos are written as .mp4, got {path.name!r}.")
+    if path.is_dir():
+        raise IsADirectoryError(f"{path} is a folder.")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    trial = path.with_name(f".{path.stem}.trial.mp4")
+    write_video(np.zeros((1, 32, 32, 3), np.uint8), trial, fps=1)
+    trial.unlink()
+
+
+def write_video(frames: np.ndarray, path: Path, fps: float) -> None:
+    """Encodes `(F, H, W, 3)` uint8 frames as H.264. The file appears whole or not at all.
+
+    Raises:
+        OSError: if ffmpeg fails, for example on a full disk.
+    """
+    part = path.with_name(f".{path.stem}.part.mp4")
+    try:
+        _encode(frames, part, fps)
+        part.replace(path)
+    except (OSError, RuntimeError, subprocess.SubprocessError) as error:
+        reason = str(error).strip().partition("\n")[0].rstrip(":")
+        raise OSError(
+            f"ffmpeg could not write a video in {path.parent} ({reason}). Is the disk full, is imageio-ffmpeg whole?"
+        ) from error
+    finally:
+        part.unlink(missing_ok=True)
+
+
+def _encode(frames: np.ndarray, path: Path, fps: float) -> None:
+    writer: Any = imageio.get_writer(path, fps=fps, quality=8, macro_block_size=2, ffmpeg_log_level="quiet")
+    with writer:
+        for frame in frames:
+            writer.append_data(frame)
+    # An ffmpeg that fails at the end fails silently.
+    written, _ = imageio_ffmpeg.count_frames_and_secs(str(path))
+    if written != len(frames):
+        raise OSError(f"{written} of {len(frames)} frames written")
+
+
+def keep_frames(frames: np.ndarray, path: Path) -> Path:
+    """Saves the frames of a video that could not be encoded, beside it or else in the folder for temporary files.
+
+    Returns:
+        The file, an `.npz` with one array `frames`.
+
+    Raises:
+        OSError: if neither folder takes it.
+    """
+    beside = path.with_suffix(".npz")
+    try:
+        _save(frames, beside)
+        return beside
+    except OSError:
+        elsewhere = Path(tempfile.mkdtemp(prefix="diffusers-draft-")) / beside.name
+        _save(frames, elsewhere)
+        return elsewhere
+
+
+def _save(frames: np.ndarray, path: Path) -> None:
+    try:
+        np.savez_compressed(path, frames=frames)
+    except OSError:
+        path.unlink(missing_ok=True)
+        raise
