@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .attention import attend, check_backend
+from .attention import attend, check_backend, needs_grad
 from .config import DraftConfig
 from .families import Family
 from .schedule import Schedule
@@ -43,7 +43,7 @@ class State:
         self.processor: Any = None
         self.forwards_to_recompute = 0
         self.recomputed = False
-        self.kind: tuple[torch.dtype, int] | None = None
+        self.kind: tuple[torch.dtype, int, bool] | None = None
 
 
 class Attachment:
@@ -256,7 +256,7 @@ def _dispatch(state: State, config: DraftConfig, stock: Callable[..., Tensor]) -
             )
         check_parallel_config(parallel_config)
         kv_len = None if state.kv_len is None else state.kv_len.to(query.device)
-        state.kind = (query.dtype, query.shape[-1])
+        state.kind = (query.dtype, query.shape[-1], needs_grad(query, key, value))
         out, state.processor.kv_num_blocks = attend(query, key, value, state.geometry, kv_len, config, scale)
         return out
 

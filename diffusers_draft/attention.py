@@ -52,7 +52,7 @@ def draft_attention(
     Raises:
         ValueError: for options out of range, and for tensors whose shapes do not fit each other or the grid.
         ImportError: if the package of the chosen backend is missing.
-        RuntimeError: if the chosen backend cannot run on these tensors.
+        RuntimeError: if the chosen backend cannot run on these tensors, or has no backward and they need one.
     """
     config = DraftConfig(sparsity=sparsity, tile=tile, budget=budget, backend=backend)
     check_grid(grid, prefix)
@@ -113,7 +113,8 @@ def _attend(
     _, seq_len, _, head_dim = query.shape
     scale = head_dim**-0.5 if scale is None else scale
     layout = token_layout((frames, rows, columns), prefix, seq_len, (tile[0], tile[1]), query.device)
-    kernel = kernels.choose(backend, query.device, query.dtype, head_dim, layout.block)
+    differentiable = needs_grad(query, key, value)
+    kernel = kernels.choose(backend, query.device, query.dtype, head_dim, layout.block, differentiable)
 
     steps = steps_for(query, key, value)
     query, query_means = steps.order(query, layout)
@@ -124,10 +125,14 @@ def _attend(
     return steps.restore(out, layout), mask.kv_num_blocks
 
 
+def needs_grad(*tensors: Tensor) -> bool:
+    """Says whether autograd records what is done with these tensors."""
+    return torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors)
+
+
 def steps_for(*tensors: Tensor) -> ModuleType:
     """Fused in Triton on GPUs; plain torch elsewhere, and where gradients are needed."""
-    needs_grad = torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors)
-    if needs_grad or not tensors[0].is_cuda or not find_spec("triton"):
+    if needs_grad(*tensors) or not tensors[0].is_cuda or not find_spec("triton"):
         return plain
     return importlib.import_module(".fused", __package__)
 

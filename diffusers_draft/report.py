@@ -94,7 +94,8 @@ def report_on(component: str, attachment: Attachment) -> TransformerReport:
     measured = next((count for count in counts.values() if count is not None), None)
     choice = blocks = None
     if measured is not None and state.kind is not None:
-        choice = kernels.choose(config.backend, measured.device, *state.kind, block)
+        dtype, head_dim, needs_grad = state.kind
+        choice = kernels.choose(config.backend, measured.device, dtype, head_dim, block, needs_grad)
         blocks = (measured.shape[-1], math.prod(sparse_grid) // block)
     forwards = attachment.forwards
     return TransformerReport(

@@ -139,9 +139,9 @@ def spying(forward=None):
         yield calls
 
 
-def attend(case: Case, tensors: list[Tensor]):
+def attend(case: Case, tensors: list[Tensor], backend: str = "auto"):
     with spying() as calls:
-        out = draft_attention(*tensors, case.grid, **case.options)
+        out = draft_attention(*tensors, case.grid, backend=backend, **case.options)
     return out, calls[0][3]
 
 
@@ -335,11 +335,12 @@ def test_arguments_are_left_as_they_were():
     assert torch.equal(kv_len, case.kv_len)
 
 
+@pytest.mark.parametrize("backend", kernels.WITH_BACKWARD)
 @pytest.mark.parametrize("budget", ["head", "row"])
-def test_gradients_equal_the_oracle_s(budget):
+def test_gradients_equal_the_oracle_s(budget, backend):
     case = Case(grid=(2, 11, 23), prefix=5, suffix=40, padding=(40, 3), heads=2, tile=(4, 8), budget=budget)
     tensors = [tensor.requires_grad_() for tensor in case.tensors()]
-    out, mask = attend(case, tensors)
+    out, mask = attend(case, tensors, backend)
     weight = torch.randn(out.shape, generator=torch.Generator().manual_seed(1))
     found = torch.autograd.grad((out * weight).sum(), tensors)
     expected = torch.autograd.grad(

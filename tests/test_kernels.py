@@ -377,7 +377,35 @@ def test_operator_says_what_was_computed():
     assert counts.tolist() == [[[2, 2, 2, 2]] * 2]
 
 
-def test_flex_says_that_it_has_no_backward() -> None:
-    query, key, value = (torch.randn(1, 160, 1, 16, requires_grad=True) for _ in range(3))
-    with pytest.raises(RuntimeError, match="'flex' has no backward"):
-        draft_attention(query, key, value, (1, 10, 16), backend="flex")
+@pytest.mark.parametrize("name", sorted(set(kernels.BACKENDS) - {"reference", "torch"}))
+@pytest.mark.parametrize("trained", [0, 1, 2])
+def test_a_backend_without_backward_refuses_gradients_and_names_those_with_one(name, trained) -> None:
+    tensors = random_tensors(1, 160, 1, 16, torch.float32)
+    tensors[trained].requires_grad_()
+    with pytest.raises(RuntimeError, match=f"'{name}' has no backward. Choose 'auto' or one of 'reference', 'torch'"):
+        draft_attention(*tensors, (1, 10, 16), backend=name)
+
+
+def test_auto_takes_a_backend_with_backward_where_gradients_are_needed(fake_backend) -> None:
+    def forward(*arguments):
+        used.append(arguments)
+        return reference.forward(*arguments).detach()
+
+    used: list = []
+    fake_backend.forward = forward
+    choice = kernels.choose("auto", *KIND, True)
+    assert (choice.name, used) == ("torch", [])
+    assert "fake: has no backward" in choice.reason
+    tensors = random_tensors(1, 160, 1, 16, torch.float32)
+    tensors[0].requires_grad_()
+    assert draft_attention(*tensors, (1, 10, 16)).requires_grad
+    with torch.no_grad():
+        draft_attention(*tensors, (1, 10, 16))
+    assert used
+
+
+def test_the_list_of_backends_with_a_backward_is_right() -> None:
+    for name in kernels.WITH_BACKWARD:
+        tensors = [tensor.requires_grad_() for tensor in random_tensors(1, 160, 1, 16, torch.float32)]
+        draft_attention(*tensors, (1, 10, 16), backend=name).square().sum().backward()
+        assert all(tensor.grad is not None and tensor.grad.abs().sum() > 0 for tensor in tensors)

@@ -168,6 +168,20 @@ def test_backend_asked_for(backend: str) -> None:
     assert (one(handle).backend, one(handle).backend_reason) == (backend, "asked for")
 
 
+def test_backend_of_calls_under_gradients(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The report asks for the same choice as the calls; one that needs gradients has fewer backends."""
+    monkeypatch.setitem(kernels.AUTO, "cpu", ("reference", "torch"))
+    monkeypatch.setattr(kernels, "WITH_BACKWARD", ("torch",))
+    kernels.choose.cache_clear()
+    model = models.wan()
+    handle = enable_draft_attention(model)
+    model(**models.wan_inputs())
+    assert one(handle).backend == "torch"
+    run(model, models.wan_inputs())
+    assert one(handle).backend == "reference"
+    kernels.choose.cache_clear()
+
+
 def causal_mask(tokens: int) -> Tensor:
     return torch.ones(tokens, tokens, dtype=torch.bool).tril()[None, None]
 

@@ -25,6 +25,9 @@ BACKENDS = ("reference", "torch", "flex", "triton", "fa4")
 AUTO = {"cuda": ("fa4", "triton", "flex", "torch"), "cpu": ("torch",)}
 """Backends that `"auto"` tries on each type of device, fastest first."""
 
+WITH_BACKWARD = ("reference", "torch")
+"""Backends that gradients flow through. The others would cut the graph without a word."""
+
 PACKAGES = {
     "triton": "triton 3.5 or later, which comes with torch for Linux",
     "fa4": "flash-attn-4: pip install 'diffusers-draft[fa4]'",
@@ -51,19 +54,29 @@ def check_name(name: str) -> None:
 
 
 @functools.lru_cache(maxsize=64)
-def choose(name: str, device: torch.device, dtype: torch.dtype, head_dim: int, block: int) -> Choice:
+def choose(
+    name: str, device: torch.device, dtype: torch.dtype, head_dim: int, block: int, needs_grad: bool = False
+) -> Choice:
     """Returns the backend for these calls after a one-off check of its numbers.
 
     Raises:
         ValueError: if there is no backend of that name.
         ImportError: if the backend's package is missing.
-        RuntimeError: if the backend cannot run here or fails the check.
+        RuntimeError: if the backend cannot run here, fails the check, or has no backward and one is needed.
     """
     check_name(name)
     if name != "auto":
+        if needs_grad and name not in WITH_BACKWARD:
+            raise RuntimeError(
+                f"Backend {name!r} has no backward. Choose 'auto' or one of {', '.join(map(repr, WITH_BACKWARD))}, or "
+                "run under torch.no_grad()."
+            )
         return Choice(name, "asked for", _checked(name, device, dtype, head_dim, block))
     refused = []
     for candidate in AUTO.get(device.type, ("torch",)):
+        if needs_grad and candidate not in WITH_BACKWARD:
+            refused.append(f"{candidate}: has no backward")
+            continue
         try:
             forward = _checked(candidate, device, dtype, head_dim, block)
         except (ImportError, RuntimeError) as error:

@@ -17,8 +17,6 @@ def _compiled():
 
 def forward(query: Tensor, key: Tensor, value: Tensor, mask: BlockMask, scale: float) -> Tensor:
     """Attends to the kept blocks; tensors are `(B, S, H, D)` in block order."""
-    if torch.is_grad_enabled() and any(tensor.requires_grad for tensor in (query, key, value)):
-        raise RuntimeError("Backend 'flex' has no backward: its lists are not transposed. Choose backend='torch'.")
     query, key, value = (tensor.transpose(1, 2) for tensor in (query, key, value))
     out = _compiled()(query, key, value, block_mask=_flex_mask(mask), scale=scale)
     return out.transpose(1, 2).contiguous()
