@@ -13,7 +13,8 @@ from typing import NoReturn
 
 from .. import __version__
 
-SUBCOMMANDS = ("demo", "generate", "bench")
+SUBCOMMANDS = {"demo": "demo", "generate": "generate", "eval": "evaluate", "bench": "bench"}
+"""Names and the modules behind them."""
 
 
 class CommandError(Exception):
@@ -49,7 +50,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     subparsers = parser.add_subparsers(required=True, metavar="command")
     # Only the subcommand that was asked for is imported; all of them for --help and for a wrong name.
     for name in argv[:1] if argv[:1] and argv[0] in SUBCOMMANDS else SUBCOMMANDS:
-        importlib.import_module(f".{name}", __name__).add_parser(subparsers)
+        importlib.import_module(f".{SUBCOMMANDS[name]}", __name__).add_parser(subparsers)
     args = parser.parse_args(argv)
     try:
         args.run(args)

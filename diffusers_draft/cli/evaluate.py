@@ -1,0 +1,101 @@
+"""`diffusers-draft eval`: what sparsity costs in fidelity, and what it saves in time."""
+
+import argparse
+import dataclasses
+from pathlib import Path
+from typing import Any
+
+from . import CommandError, one_line
+from .model_options import CALL, add_model_options, call, check_packages, image, loaded, model
+
+
+def add_parser(subparsers: argparse._SubParsersAction) -> None:
+    """Adds `eval` to the command line."""
+    parser = subparsers.add_parser(
+        "eval",
+        help="compare draft attention with dense attention on many prompts",
+        description="Generates every prompt dense and with every setting from the same noise and compares the videos. "
+        "A run that was stopped goes on when the same command is given again.",
+    )
+    add_model_options(parser)
+    parser.add_argument(
+        "--prompts", type=Path, required=True, metavar="FILE", help="one per line, or a .csv with a column prompt"
+    )
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0], help="of the noise (default: 0)")
+    parser.add_argument("--output", type=Path, default=Path("eval"), metavar="DIR", help="default: eval")
+    settings = parser.add_argument_group(
+        "settings", "every combination of the lists, and each --setting; a tile is 8x16, layers are 0+1 or none"
+    )
+    for option in ("sparsity", "budget", "tile", "dense-steps", "dense-layers", "backend", "selection"):
+        settings.add_argument(f"--{option}", nargs="+", metavar="X", help="a list of values")
+    settings.add_argument(
+        "--setting", action="append", default=[], metavar="KEY=X,...", help="for example sparsity=0.9,budget=row"
+    )
+    parser.add_argument("--lpips", action="store_true", help="measure LPIPS too")
+    parser.add_argument("--vbench", action="store_true", help="score the clips with VBench")
+    parser.add_argument(
+        "--attention", type=int, nargs="?", const=4, default=0, metavar="PROMPTS",
+        help="measure attention calls, on so many prompts (default: 4)",
+    )  # fmt: skip
+    parser.set_defaults(run=run)
+
+
+def run(args: argparse.Namespace) -> None:
+    """Reads and checks everything, then runs what is not done yet and writes the results.
+
+    Raises:
+        CommandError: for a file that cannot be read, an option that is wrong, a missing package or a full disk. What
+            was finished before stays.
+    """
+    check_packages("eval", "imageio", "imageio_ffmpeg", "transformers", "ftfy", "matplotlib", "torchmetrics", "tqdm")
+    from ..evaluation import Store, Study, read_prompts
+    from ..evaluation.attention import Samples
+    from ..evaluation.metrics import fidelity_metrics
+    from ..evaluation.results import NAMES, write_results
+    from ..evaluation.table import as_text
+    from ..evaluation.vbench import check_installed
+    from ..generation.loading import device
+    from ..generation.run import call_arguments
+    from ..generation.video import check_writable
+
+    with one_line(OSError, ValueError, ImportError):
+        if args.vbench:
+            check_installed()
+        prompts, settings = read_prompts(args.prompts), _settings(args)
+        if args.compile and (args.attention or any(setting.selection != "draft" for setting in settings)):
+            raise ValueError("--attention and selections other than draft need a model that is not compiled.")
+        start = image(args)
+        store = Store(args.output, _facts(args))
+        check_writable(args.output / "videos" / "any.mp4")
+        metrics = fidelity_metrics(lpips=args.lpips).to(device())
+
+    def inputs(pipe: Any, prompt: str, seed: int) -> dict[str, Any]:
+        return call_arguments(pipe, prompt=prompt, seed=seed, image=start, **call(args))
+
+    study = Study(store, lambda: loaded(args), inputs, prompts, args.seeds, settings, metrics, fps=args.fps)
+    print(f"{len(prompts)} prompts, {len(args.seeds)} seeds, {len(settings)} settings, results in {args.output}")
+    try:
+        with one_line(OSError, ValueError, ImportError, RuntimeError):
+            study.run()
+            study.measure_attention(args.attention, Samples())
+            title = f"{args.model}, {len(prompts)} prompts"
+            rows = write_results(study, device(), title, with_vbench=args.vbench)
+    except KeyboardInterrupt as stop:
+        raise CommandError(f"stopped; the same command goes on from what is in {args.output}") from stop
+    print(as_text(rows))
+    print(f"Wrote {', '.join(NAMES)} in {args.output}.")
+
+
+def _settings(args: argparse.Namespace) -> list[Any]:
+    from ..evaluation import grid, parse_setting
+    from ..evaluation.settings import PARSERS, parse_value
+
+    lists = {key: [parse_value(key, text) for text in getattr(args, key)] for key in PARSERS if getattr(args, key, 0)}
+    if not lists and not args.setting:
+        raise ValueError("There is nothing to compare: give --sparsity 0.5 0.75 0.9, other lists, or --setting.")
+    return list(dict.fromkeys((grid(**lists) if lists else []) + [parse_setting(text) for text in args.setting]))
+
+
+def _facts(args: argparse.Namespace) -> dict[str, Any]:
+    facts = dataclasses.asdict(model(args)) | {"dtype": args.dtype, "image": args.image and str(args.image)}
+    return facts | {name: call(args).get(name) for name in CALL.values()}

@@ -1,0 +1,56 @@
+"""The results of a study as files: JSON with every clip, CSV with a row for each setting, a picture."""
+
+import dataclasses
+import json
+from pathlib import Path
+
+import torch
+
+from ..bench.measure import environment
+from . import vbench
+from .picture import draw
+from .statistics import Estimate
+from .store import Json, whole_or_not
+from .study import Study
+from .table import as_csv, table
+
+NAMES = ("results.json", "results.csv", "fidelity.png")
+
+
+def write_results(study: Study, device: torch.device, title: str, *, with_vbench: bool = False) -> list[Json]:
+    """Writes `NAMES` into the study's folder.
+
+    Args:
+        study: with the clips that are finished.
+        device: where they were made; the record says what it is.
+        title: of the picture.
+        with_vbench: whether VBench scores the clips.
+
+    Returns:
+        The rows of the table.
+
+    Raises:
+        OSError: if a file cannot be written.
+    """
+    folder = study.store.folder
+    clips, attention = study.records(), study.attention_records()
+    rows = table(clips, attention)
+    record = {"environment": environment(device), "facts": study.store.facts, "rows": [_plain(row) for row in rows]}
+    record |= {"clips": clips, "attention": attention}
+    if with_vbench:
+        names = [row["setting"] for row in rows]
+        record["vbench"] = {n: vbench.score(folder / "videos" / n, folder / "vbench" / n, device) for n in names}
+    whole_or_not(folder / NAMES[0], lambda file: file.write((json.dumps(record, indent=1) + "\n").encode()))
+    whole_or_not(folder / NAMES[1], lambda file: file.write(as_csv(rows).encode()))
+    whole_or_not(folder / NAMES[2], lambda file: draw(rows, file, title))
+    return rows
+
+
+def read_results(path: Path) -> list[Json]:
+    """Makes the rows of the table again from the clips in a `results.json`."""
+    record = json.loads(path.read_text())
+    return table(record["clips"], record["attention"])
+
+
+def _plain(row: Json) -> Json:
+    return {key: dataclasses.asdict(cell) if isinstance(cell, Estimate) else cell for key, cell in row.items()}

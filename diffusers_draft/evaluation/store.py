@@ -1,0 +1,115 @@
+"""The folder of a study: every finished result is a file that appears whole or not at all."""
+
+import hashlib
+import json
+import os
+import re
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from .settings import Setting
+
+Json = dict[str, Any]
+
+
+class Store:
+    """Results by prompt, seed and setting; a setting of None is the dense run.
+
+    Attributes:
+        folder: where they lie.
+        facts: what all of them have in common: the model and the arguments of its calls.
+    """
+
+    def __init__(self, folder: Path, facts: Json) -> None:
+        """Opens the folder of a study, or makes it.
+
+        Raises:
+            OSError: if it cannot be made or written.
+            ValueError: if it holds results with other facts.
+        """
+        self.folder = folder
+        self.facts = json.loads(json.dumps(facts))
+        for name in ("clips", "dense", "attention", "videos"):
+            (folder / name).mkdir(parents=True, exist_ok=True)
+        known = self._read("study")
+        if known is None:
+            self._write("study", self.facts)
+        elif known != self.facts:
+            changed = sorted(key for key in known | self.facts if known.get(key) != self.facts.get(key))
+            raise ValueError(
+                f"{folder} holds results with {', '.join(f'{key} {known.get(key)!r}' for key in changed)}; now it is "
+                f"{', '.join(repr(self.facts.get(key)) for key in changed)}. Choose another folder."
+            )
+
+    def clip(self, prompt: str, seed: int, setting: Setting | None) -> Json | None:
+        """The record of a finished clip, or None."""
+        return self._read(f"clips/{key(prompt, seed, setting)}")
+
+    def save_clip(self, prompt: str, seed: int, setting: Setting | None, record: Json) -> None:
+        self._write(f"clips/{key(prompt, seed, setting)}", record)
+
+    def attention(self, prompt: str, seed: int, setting: Setting) -> list[Json] | None:
+        """What was measured in the attention calls, or None."""
+        record = self._read(f"attention/{key(prompt, seed, setting)}")
+        return None if record is None else record["calls"]
+
+    def save_attention(self, prompt: str, seed: int, setting: Setting, calls: list[Json]) -> None:
+        record = {"prompt": prompt, "seed": seed, "setting": setting.name, "calls": calls}
+        self._write(f"attention/{key(prompt, seed, setting)}", record)
+
+    def dense_frames(self, prompt: str, seed: int) -> np.ndarray | None:
+        """`(F, H, W, 3)` uint8 of the dense run, or None."""
+        path = self._dense(prompt, seed)
+        return np.load(path)["frames"] if path.exists() else None
+
+    def save_dense_frames(self, prompt: str, seed: int, frames: np.ndarray) -> None:
+        whole_or_not(self._dense(prompt, seed), lambda file: np.savez_compressed(file, frames=frames))
+
+    def video(self, prompt: str, seed: int, setting: Setting | None) -> Path:
+        """Where the clip can be watched."""
+        folder = self.folder / "videos" / (setting.name if setting else "dense")
+        folder.mkdir(exist_ok=True)
+        words = re.sub(r"\W+", "-", prompt)[:40].strip("-")
+        return folder / f"{words}-{seed}-{key(prompt, seed, None)[:8]}.mp4"
+
+    def _dense(self, prompt: str, seed: int) -> Path:
+        return self.folder / "dense" / f"{key(prompt, seed, None)}.npz"
+
+    def _read(self, name: str) -> Any:
+        path = self.folder / f"{name}.json"
+        return json.loads(path.read_text()) if path.exists() else None
+
+    def _write(self, name: str, record: Any) -> None:
+        text = json.dumps(record, indent=1) + "\n"
+        whole_or_not(self.folder / f"{name}.json", lambda file: file.write(text.encode()))
+
+
+def key(prompt: str, seed: int, setting: Setting | None) -> str:
+    """A file name for a result: the same for the same prompt, seed and options, whatever their order."""
+    what = json.dumps([prompt, seed, setting.options if setting else None], sort_keys=True)
+    return hashlib.sha256(what.encode()).hexdigest()[:16]
+
+
+def whole_or_not(path: Path, write: Callable[[Any], object]) -> None:
+    """Writes a file that a crash cannot leave half written.
+
+    Args:
+        path: the file.
+        write: gets it, open for bytes.
+
+    Raises:
+        OSError: if it cannot be written; then a file that was there before is still there.
+    """
+    part = path.with_name(f".{path.name}.part")
+    try:
+        with part.open("wb") as file:
+            write(file)
+            file.flush()
+            os.fsync(file.fileno())
+        part.replace(path)
+    except OSError as error:
+        part.unlink(missing_ok=True)
+        raise OSError(f"{path} could not be written: {error.strerror or error}") from error
