@@ -32,8 +32,10 @@ from diffusers_draft.evaluation.statistics import Estimate, estimate
 from diffusers_draft.evaluation.store import key, whole_or_not
 from diffusers_draft.evaluation.table import as_csv, as_text, table
 
-SIZE = ["--height", "208", "--width", "272", "--frames", "5", "--steps", "3"]
-"""2 x 13 x 17 tokens: three full blocks and a rest."""
+SIZE = ["--height", "96", "--width", "160", "--frames", "5", "--steps", "3"]
+"""2 x 6 x 10 tokens: with tiles of 4 x 8 three full blocks and a rest."""
+TILE = ("--tile", "4x8")
+RANDOM = "sparsity=0.8,tile=4x8,selection=random"
 PROMPTS = ["a red circle", "a blue square moves left", "stripes"]
 TIMES = ("seconds", "speedup")
 
@@ -68,25 +70,25 @@ def fails(argv, capsys):
 def done(folder, tmp_path_factory):
     """One finished run: its folder and its record."""
     output = tmp_path_factory.mktemp("eval") / "new"
-    settings = ["--sparsity", "0.5", "0.8", "--budget", "head", "row", "--setting", "sparsity=0.8,selection=random"]
+    settings = ["--sparsity", "0.5", "0.8", "--budget", "head", "row", *TILE, "--setting", RANDOM]
     assert main(arguments(folder, output, "--seeds", 0, 7, *settings, "--attention", 2)) == 0
     return output, json.loads((output / "results.json").read_text())
 
 
-NAMES = ["dense", "sparsity=0.5", "sparsity=0.5,budget=row", "sparsity=0.8", "sparsity=0.8,budget=row"]
+NAMES = ["dense"] + [f"sparsity={s}{b},tile=4x8" for s in (0.5, 0.8) for b in ("", ",budget=row")] + [RANDOM]
 
 
 def test_every_prompt_seed_and_setting_has_a_clip_and_a_video(done):
     output, record = done
-    assert [row["setting"] for row in record["rows"]] == [*NAMES, "sparsity=0.8,selection=random"]
+    assert [row["setting"] for row in record["rows"]] == NAMES
     assert all((row["prompts"], row["clips"]) == (3, 6) for row in record["rows"])
     keys = {(clip["setting"], clip["prompt"], clip["seed"]) for clip in record["clips"]}
     assert len(keys) == len(record["clips"]) == 6 * 3 * 2
-    videos = sorted((output / "videos" / "sparsity=0.8,budget=row").iterdir())
+    videos = sorted((output / "videos" / NAMES[4]).iterdir())
     assert [video.name.rpartition("-")[0] for video in videos] == sorted(
         f"{prompt.replace(' ', '-')}-{seed}" for prompt in PROMPTS for seed in (0, 7)
     )
-    assert imageio.v3.imread(videos[0]).shape == (5, 208, 272, 3)
+    assert imageio.v3.imread(videos[0]).shape == (5, 96, 160, 3)
 
 
 def test_numbers_are_those_of_a_run_by_hand(folder, done):
@@ -94,19 +96,19 @@ def test_numbers_are_those_of_a_run_by_hand(folder, done):
     from diffusers import WanPipeline
 
     pipe = WanPipeline.from_pretrained(folder / "wan")
-    call = dict(prompt=PROMPTS[1], height=208, width=272, num_frames=5, num_inference_steps=3, output_type="np")
+    call = dict(prompt=PROMPTS[1], height=96, width=160, num_frames=5, num_inference_steps=3, output_type="np")
 
     def video():
         frames = pipe(**call, generator=torch.Generator().manual_seed(7)).frames[0]
         return np.round(frames * 255)
 
     dense = video()
-    handle = enable_draft_attention(pipe, 0.8, budget="row")
+    handle = enable_draft_attention(pipe, 0.8, budget="row", tile=(4, 8))
     draft = video()
     (clip,) = [
         clip
         for clip in done[1]["clips"]
-        if (clip["setting"], clip["prompt"], clip["seed"]) == ("sparsity=0.8,budget=row", PROMPTS[1], 7)
+        if (clip["setting"], clip["prompt"], clip["seed"]) == (NAMES[4], PROMPTS[1], 7)
     ]
     assert clip["psnr"] == pytest.approx(10 * math.log10(255**2 / np.square(draft - dense).mean()), abs=1e-3)
     changes = [np.abs(np.diff(frames, axis=0)).mean() for frames in (dense, draft)]
@@ -161,7 +163,7 @@ def test_what_is_done_is_not_done_again(folder, done, monkeypatch, capsys):
 
     monkeypatch.setattr(command, "loaded", None)
     output, record = done
-    settings = ["--sparsity", "0.5", "0.8", "--budget", "head", "row", "--setting", "sparsity=0.8,selection=random"]
+    settings = ["--sparsity", "0.5", "0.8", "--budget", "head", "row", *TILE, "--setting", RANDOM]
     main(arguments(folder, output, "--seeds", 0, 7, *settings, "--attention", 2))
     assert json.loads((output / "results.json").read_text())["rows"] == record["rows"]
     out = capsys.readouterr().out
@@ -175,7 +177,7 @@ def rows_without_times(output):
 
 
 def test_killed_run_started_again_ends_with_the_same_table(folder, tmp_path):
-    settings = ("--sparsity", "0.5", "0.8", "--attention", 1)
+    settings = ("--sparsity", "0.5", "0.8", *TILE, "--attention", 1)
     command = [sys.executable, "-m", "diffusers_draft", *arguments(folder, tmp_path / "killed", *settings)]
     environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
     clips = tmp_path / "killed" / "clips"
