@@ -121,14 +121,15 @@ def test_all_selections_keep_the_same_number_and_the_oracle_keeps_most(budget, s
         assert shares["oracle"] > shares["random"]
 
 
-def test_local_window_keeps_the_nearest_blocks_in_space_and_time():
+@pytest.mark.parametrize("prefix", [0, 40])
+def test_local_window_keeps_the_nearest_blocks_in_space_and_time(prefix):
     """On a grid of whole tiles the centres are known: 3 frames of 2 x 3 blocks."""
     grid, tile = (3, 16, 48), (8, 16)
-    query = torch.zeros(1, 3 * 16 * 48, 1, 16)
+    query = torch.zeros(1, prefix + 3 * 16 * 48, 1, 16)
     config = DraftConfig(sparsity=1 - 5 / 18, budget="row", tile=tile)
-    call = ordered_call(query, query, torch.tensor([*grid, 0]), None, config, None, torch.Generator())
-    kept = chosen(SELECTIONS["local"](call), call, config).to_dense()[0, 0]
-    order = oracle.block_order(grid, 0, query.shape[1], 8)
+    call = ordered_call(query, query, torch.tensor([*grid, prefix]), None, config, None, torch.Generator())
+    kept = chosen(SELECTIONS["local"](call), call, config).to_dense()[0, 0, :18, :18]
+    order = oracle.block_order(grid, prefix, query.shape[1], 8) - prefix
     places = []
     for block in range(18):
         tokens = order[block * 128 : (block + 1) * 128]

@@ -8,6 +8,17 @@ from typing import Any
 from . import CommandError, one_line
 from .model_options import CALL, add_model_options, call, check_packages, image, loaded, model
 
+LISTS = {
+    "sparsity": "for example 0.5 0.75 0.9",
+    "budget": "head row",
+    "tile": "for example 8x16 16x8",
+    "dense-steps": "for example 0 0.25",
+    "dense-layers": "for example none 0 0+1",
+    "backend": "for example torch triton",
+    "selection": "what chooses the blocks: draft, or a baseline: random, local, oracle",
+}
+"""Options of draft attention that take a list of values -> help."""
+
 
 def add_parser(subparsers: argparse._SubParsersAction) -> None:
     """Adds `eval` to the command line."""
@@ -24,10 +35,10 @@ def add_parser(subparsers: argparse._SubParsersAction) -> None:
     parser.add_argument("--seeds", type=int, nargs="+", default=[0], help="of the noise (default: 0)")
     parser.add_argument("--output", type=Path, default=Path("eval"), metavar="DIR", help="default: eval")
     settings = parser.add_argument_group(
-        "settings", "every combination of the lists, and each --setting; a tile is 8x16, layers are 0+1 or none"
+        "settings", "What is compared with dense attention: every combination of the lists, and each --setting."
     )
-    for option in ("sparsity", "budget", "tile", "dense-steps", "dense-layers", "backend", "selection"):
-        settings.add_argument(f"--{option}", nargs="+", metavar="X", help="a list of values")
+    for option, example in LISTS.items():
+        settings.add_argument(f"--{option}", nargs="+", metavar="X", help=example)
     settings.add_argument(
         "--setting", action="append", default=[], metavar="KEY=X,...", help="for example sparsity=0.9,budget=row"
     )
