@@ -37,6 +37,7 @@ BACKEND_PACKAGES = {
     "fused.selection": {"triton"},
     "kernels.triton": {"triton"},
     "kernels.fa4": {"flash_attn"},
+    "kernels.block_sparse_attn": {"block_sparse_attn"},
 }
 USES_DIFFUSERS = ("api", "attach", "families", *EDGES)
 
