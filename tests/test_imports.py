@@ -25,7 +25,7 @@ ALLOWED = {
     "schedule": set(),
     "select": {"block_mask"},
     "fused": {"fused.*"},
-    "fused.*": {"block_mask", "layout"},
+    "fused.*": {"block_mask", "layout", "select"},
     "families": {"layout", "families.*"},
     "families.*": {"families", "layout"},
     "kernels": {"block_mask", "kernels.probe"},
