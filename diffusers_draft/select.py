@@ -11,8 +11,18 @@ OWN_BLOCK = 2.0
 """A score above every softmax value: a query block always keeps its own block."""
 
 
+def pairs_of_head(num_video: int, sparsity: float) -> int:
+    """How many pairs of a head's map the head budget keeps: never fewer than every block's own."""
+    return max(num_video, round((1 - sparsity) * num_video * num_video))
+
+
+def blocks_of_row(num_video: int, sparsity: float) -> int:
+    """How many key blocks the row budget keeps for a query block: never fewer than its own."""
+    return max(1, round((1 - sparsity) * num_video))
+
+
 def head_budget(scores: Tensor, sparsity: float) -> Tensor:
-    """Keeps the largest pairs of each head's whole map, `max(Nv, round((1 - sparsity) * Nv**2))` of them (the paper).
+    """Keeps the largest `pairs_of_head` pairs of each head's whole map (the paper).
 
     Args:
         scores: `(B, H, Nv, Nv)` float32.
@@ -21,13 +31,12 @@ def head_budget(scores: Tensor, sparsity: float) -> Tensor:
     Returns:
         `(B, H, P)` int64 kept pairs `row * Nv + column`, ascending.
     """
-    n = scores.shape[-1]
-    count = max(n, round((1 - sparsity) * n * n))
+    count = pairs_of_head(scores.shape[-1], sparsity)
     return scores.flatten(2).topk(count, sorted=False).indices.sort().values
 
 
 def row_budget(scores: Tensor, sparsity: float) -> Tensor:
-    """Keeps the `max(1, round((1 - sparsity) * Nv))` largest key blocks of every query block.
+    """Keeps the `blocks_of_row` largest key blocks of every query block.
 
     Args:
         scores: `(B, H, Nv, Nv)` float32.
@@ -37,8 +46,7 @@ def row_budget(scores: Tensor, sparsity: float) -> Tensor:
         `(B, H, P)` int64 kept pairs `row * Nv + column`, ascending.
     """
     n = scores.shape[-1]
-    count = max(1, round((1 - sparsity) * n))
-    columns = scores.topk(count, sorted=False).indices.sort().values
+    columns = scores.topk(blocks_of_row(n, sparsity), sorted=False).indices.sort().values
     rows = torch.arange(n, device=scores.device)[:, None]
     return (rows * n + columns).flatten(2)
 

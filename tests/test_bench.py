@@ -11,7 +11,7 @@ from diffusers_draft import kernels
 from diffusers_draft.bench import model
 from diffusers_draft.bench.attention import Case, run_dense, run_draft
 from diffusers_draft.bench.shapes import SHAPES, Shape, random_inputs, structured_inputs
-from diffusers_draft.bench.summary import speed_section
+from diffusers_draft.bench.summary import speed_page, speed_section
 from diffusers_draft.bench.table import format_table
 from diffusers_draft.cli import main
 
@@ -103,7 +103,8 @@ def test_models_are_of_their_real_size_and_the_run_adds_up(name: str) -> None:
     costs = {path: 1.0 for path, _, _ in entry.blocks}
     dense = model.Step("dense", False, {path: 4.0 for path in costs}, 2.0, 4.0 * 50, {}, 0.0)
     draft = model.Step("draft", False, costs, 2.0, 1.0 * 50, {}, 0.0)
-    prediction = model.predict(name, [dense, draft], 50)
+    nothing = model.Step(model.NO_ATTENTION, False, dict.fromkeys(costs, 0.0), 2.0, 2.0, {}, 0.0)
+    prediction = model.predict(name, [dense, nothing, draft], 50)
     sparse = 50 + 3.0 * (2 if "hunyuan" in name else 1)
     assert prediction["sparse_step_ms"] == sparse
     dense_steps = prediction["dense_steps"]
@@ -112,6 +113,14 @@ def test_models_are_of_their_real_size_and_the_run_adds_up(name: str) -> None:
     assert prediction["draft_s"] == pytest.approx(expected)
 
 
-def test_readme_shows_the_recorded_results() -> None:
-    readme = (Path(__file__).parents[1] / "README.md").read_text()
-    assert speed_section() in readme
+def test_readme_and_the_page_show_the_recorded_results() -> None:
+    root = Path(__file__).parents[1]
+    assert speed_section() in (root / "README.md").read_text()
+    assert (root / "docs" / "speed.md").read_text() == speed_page() + "\n"
+
+
+def test_bench_summary_prints_the_page_and_draws_the_sweep(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    picture = tmp_path / "speed.png"
+    main(["bench", "summary", "--full", "--plot", str(picture)])
+    assert capsys.readouterr().out == speed_page() + "\n"
+    assert picture.read_bytes().startswith(b"\x89PNG")

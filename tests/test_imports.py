@@ -25,7 +25,7 @@ ALLOWED = {
     "schedule": set(),
     "select": {"block_mask"},
     "fused": {"fused.*"},
-    "fused.*": {"block_mask", "layout"},
+    "fused.*": {"block_mask", "layout", "select"},
     "families": {"layout", "families.*"},
     "families.*": {"families", "layout"},
     "kernels": {"block_mask", "kernels.probe"},
@@ -37,6 +37,7 @@ BACKEND_PACKAGES = {
     "fused.selection": {"triton"},
     "kernels.triton": {"triton"},
     "kernels.fa4": {"flash_attn"},
+    "kernels.block_sparse_attn": {"block_sparse_attn"},
 }
 USES_DIFFUSERS = ("api", "attach", "families", *EDGES)
 

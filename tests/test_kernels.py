@@ -2,6 +2,7 @@ import dataclasses
 import importlib
 import re
 import sys
+import types
 from types import SimpleNamespace
 
 import oracle
@@ -296,10 +297,49 @@ def test_a_missing_package_is_named_with_the_backend_that_needs_it(monkeypatch, 
         fresh_choice(name, *KIND)
 
 
-@pytest.mark.parametrize("name", ["triton", "fa4"])
+@pytest.mark.parametrize("name", ["triton", "fa4", "block_sparse_attn"])
 def test_backends_for_gpus_never_run_on_the_cpu(fresh_choice, name):
     with pytest.raises((ImportError, RuntimeError), match=f"Backend '{name}' needs"):
         fresh_choice(name, *KIND)
+
+
+@pytest.fixture
+def block_sparse_attn(monkeypatch):
+    """Our adapter on a stand-in for the package, which attends densely to the blocks listed for each row."""
+
+    def forward(q, k, v, cu_q, cu_k, block_q, block_k, kinds, streaming, lists, max_q, max_k, dropout, scale, *rest):
+        assert (block_q, block_k, dropout, rest) == (128, 128, 0.0, (False, False, False, -1, -1))
+        assert (
+            kinds.tolist() == [1, 2]
+            and lists.is_contiguous()
+            and lists.dtype == cu_q.dtype == cu_k.dtype == torch.int32
+        )
+        (first, queries), (start, keys) = cu_q.tolist(), cu_k.tolist()
+        assert first == start == 0 and queries == max_q == len(q) and max_k == len(k)
+        kept = torch.zeros(len(kinds), max_q, max_k, dtype=torch.bool)
+        for head, rows in enumerate(lists[0].tolist()):
+            for row, columns in enumerate(rows):
+                listed = [column for column in columns if column >= 0]
+                assert listed == sorted(listed, reverse=True) and columns[len(listed) :] == [-1] * (
+                    len(columns) - len(listed)
+                )
+                for column in listed:
+                    kept[head, row * 128 : (row + 1) * 128, column * 128 : (column + 1) * 128] = True
+        kept[..., keys:] = False
+        return [oracle.attention(q[None], k[None], v[None], kept[None], scale)[0].to(q.dtype)]
+
+    package = types.ModuleType("block_sparse_attn")
+    monkeypatch.setitem(sys.modules, "block_sparse_attn", package)
+    monkeypatch.setattr(torch.ops.flash_attn, "_block_sparse_attn_forward", forward, raising=False)
+    monkeypatch.delitem(sys.modules, "diffusers_draft.kernels.block_sparse_attn", raising=False)
+    yield importlib.import_module("diffusers_draft.kernels.block_sparse_attn")
+    monkeypatch.delitem(sys.modules, "diffusers_draft.kernels.block_sparse_attn")
+
+
+@pytest.mark.parametrize("kv_len", [None, (717, 150)], ids=str)
+def test_block_sparse_attn_gets_its_lists_and_lengths_in_its_own_form(nan_memory, block_sparse_attn, kv_len):
+    tensors = heads_first(random_tensors(2, 717, 2, 64, torch.float32))
+    assert_equals_reference(block_sparse_attn.forward, tensors, random_mask(2, 717, 2, 128, kv_len))
 
 
 def test_what_a_backend_refuses_is_an_error_when_asked_for_and_a_reason_under_auto(fake_backend):

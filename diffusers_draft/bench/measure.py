@@ -34,7 +34,7 @@ def measure(call: Callable[[], object], seconds: float = 1.0) -> Time:
 def environment(device: torch.device) -> dict[str, str]:
     """Device, versions and command, for the record."""
     versions = {}
-    for package in ("diffusers-draft", "diffusers", "torch", "triton", "flash-attn-4"):
+    for package in ("diffusers-draft", "diffusers", "torch", "triton", "flash-attn-4", "block-sparse-attn"):
         try:
             versions[package] = importlib.metadata.version(package)
         except importlib.metadata.PackageNotFoundError:

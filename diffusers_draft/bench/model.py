@@ -110,6 +110,9 @@ def _wan_model(shape: str, build: Callable[..., nn.Module], layers: int, channel
     return Model(shape, blocks, build, _wan_inputs(channels), _flow_scheduler(shift), 2, 0.75)
 
 
+NO_ATTENTION = "no attention"
+"""The step whose attention returns its values: what is left of it is everything else."""
+
 MODELS = {
     "hunyuan-13b-768p": _hunyuan_model("hunyuan-768p"),
     "hunyuan-13b-544p": _hunyuan_model("hunyuan-544p"),
@@ -152,7 +155,7 @@ def run(
     device: torch.device,
     seconds: float,
 ) -> Iterator[Step]:
-    """Measures dense attention as diffusers ships it, the best dense kernels, and draft attention."""
+    """Measures attention as diffusers ships it, none at all, the best dense kernels, and draft attention."""
     model = MODELS[name]
     dtype = torch.bfloat16
     torch.set_default_dtype(dtype)
@@ -164,16 +167,20 @@ def run(
     inputs = model.inputs(SHAPES[model.shape], device, dtype)
     if compiled:
         transformer.compile_repeated_blocks(fullgraph=True)
-    yield _step("diffusers default", transformer, model, inputs, compiled, seconds)
+
+    def step(name: str) -> Step:
+        return _step(name, transformer, model, inputs, compiled, seconds)
+
     options: dict[str, Any] = {"dense_steps": 0, "dense_layers": ()}
-    for kernel in _dense_kernels():
+    yield step("diffusers default")
+    for kernel in ("no", *_dense_kernels()):
         with mock.patch.object(attach, "attend", _through(kernel)), enable_draft_attention(transformer, **options):
-            yield _step(f"dense {kernel}", transformer, model, inputs, compiled, seconds)
+            yield step(NO_ATTENTION if kernel == "no" else f"dense {kernel}")
     sparsity = model.sparsity if sparsity is None else sparsity
     with enable_draft_attention(transformer, sparsity, budget=budget, backend=backend, **options) as handle:
-        step = _step(f"draft {sparsity:g}", transformer, model, inputs, compiled, seconds)
+        draft = step(f"draft {sparsity:g}")
         print(handle.report())
-    yield step
+    yield draft
 
 
 def _step(
@@ -233,6 +240,8 @@ def _dense_kernels() -> list[str]:
 
 @torch.library.custom_op("diffusers_draft_bench::dense", mutates_args=())
 def _dense(query: Tensor, key: Tensor, value: Tensor, kernel: str) -> Tensor:
+    if kernel == "no":
+        return value.clone()
     if kernel == "fa4":
         from flash_attn.cute.interface import _flash_attn_fwd
 
@@ -248,7 +257,7 @@ def _(query, key, value, kernel):
 
 
 def _through(kernel: str) -> Callable[..., tuple[Tensor, None]]:
-    """A stand-in for `attend` that runs a dense kernel without a mask: no text of these inputs is padding."""
+    """A stand-in for `attend`: a dense kernel, or none, without a mask, as no text of these inputs is padding."""
 
     def attend(query: Tensor, key: Tensor, value: Tensor, *_: Any) -> tuple[Tensor, None]:
         return _dense(query, key, value, kernel), None
@@ -265,7 +274,8 @@ def predict(name: str, steps: list[Step], num_steps: int) -> dict[str, float]:
         family = family_of(model.build(**{key: 1 for _, key, _ in model.blocks}))
     assert family is not None, "every model here is of a known family"
     dense_steps = sum(t > family.dense_timestep for t in scheduler.timesteps.tolist())
-    *dense, draft = steps
+    dense = [step for step in steps[:-1] if step.name != NO_ATTENTION]
+    draft = steps[-1]
     best = min(dense, key=lambda step: step.step_ms)
     sparse_ms = draft.step_ms
     for path in family.dense_layers:

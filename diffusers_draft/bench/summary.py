@@ -1,58 +1,152 @@
-"""README's speed section, written from the recorded results."""
+"""README's speed section, docs/speed.md and their picture, made from the recorded results."""
 
 import json
 from importlib.resources import files
+from pathlib import Path
 from typing import Any
+
+from .attention import Row
+from .measure import Time
+from .model import NO_ATTENTION
+from .table import plot
+
+SWEEP = "hunyuan-768p-sweep"
+"""The record that `plot_sweep` draws."""
 
 
 def speed_section() -> str:
-    """Markdown tables of every file in `bench/results`."""
-    records = [
-        json.loads(path.read_text())
-        for path in sorted(files(__package__).joinpath("results").iterdir(), key=lambda path: path.name)
-        if path.name.endswith(".json")
+    """Markdown: one line for each attention shape and each model, against the best dense attention of the same run."""
+    records = _records()
+    lines = [
+        "| One attention call | tokens | sparsity | best dense, ms | head budget, ms | row budget, ms |",
+        "|---|---|---|---|---|---|",
+        *(line for name, record in records.items() if "rows" in record and name != SWEEP for line in _shape(record)),
+        "",
+        "| One step of a model | best dense, ms | draft, ms | of it attention | 50 steps, s | memory, GiB |",
+        "|---|---|---|---|---|---|",
+        *(_step(record) for record in records.values() if "prediction" in record),
     ]
+    return "\n".join(lines)
+
+
+def speed_page() -> str:
+    """Markdown of every row of every record: what `docs/speed.md` holds."""
+    records = _records().values()
     attention = [_attention(record) for record in records if "rows" in record]
     models = [_model(record) for record in records if "prediction" in record]
-    return "\n\n".join(attention + models)
+    return "\n\n".join(["# Speed, row by row", *attention, *models])
+
+
+def plot_sweep(path: Path) -> None:
+    """Draws the sweep over sparsities."""
+    record = _records()[SWEEP]
+    rows = [Row(**{**row, "time": row["time"] and Time(**row["time"])}) for row in record["rows"]]
+    plot(rows, path, f"{SWEEP.removesuffix('-sweep')}, {record['environment']['device']}, {_dtype(record)}")
+
+
+def _records() -> dict[str, dict[str, Any]]:
+    paths = sorted(files(__package__).joinpath("results").iterdir(), key=lambda path: path.name)
+    return {path.name[: -len(".json")]: json.loads(path.read_text()) for path in paths if path.name.endswith(".json")}
+
+
+def _dtype(record: dict[str, Any]) -> str:
+    return record["dtype"].removeprefix("torch.")
+
+
+def _timed(record: dict[str, Any]) -> list[dict[str, Any]]:
+    return [row for row in record["rows"] if row["time"] and row["kind"] != "stage"]
+
+
+def _best_dense(record: dict[str, Any]) -> dict[str, Any]:
+    dense = [row for row in _timed(record) if row["kind"] == "dense"]
+    return min(dense, key=lambda row: row["time"]["median"])
+
+
+def _shape(record: dict[str, Any]) -> list[str]:
+    """The best dense time, and the best backend's for each budget, with the ratio."""
+    dense = _best_dense(record)
+    shape = record["shape"]
+    tokens = shape["grid"][0] * shape["grid"][1] * shape["grid"][2] + shape["text"]
+    name = f"{record['name']}, {record['environment']['device']}, {_dtype(record)}"
+    lines = []
+    for sparsity in sorted({row["sparsity"] for row in _timed(record) if row["sparsity"] is not None}):
+        cells = [name, f"{shape['batch']} x {tokens:,}" if shape["batch"] > 1 else f"{tokens:,}", f"{sparsity:g}"]
+        cells.append(f"{dense['time']['median']:.1f} ({dense['name']})")
+        for budget in ("head", "row"):
+            rows = [row for row in _timed(record) if (row["sparsity"], row["budget"]) == (sparsity, budget)]
+            best = min(rows, key=lambda row: row["time"]["median"])
+            ratio = dense["time"]["median"] / best["time"]["median"]
+            cells.append(f"{best['time']['median']:.1f} ({best['name']}), **{ratio:.2f}x**")
+        lines.append(f"| {' | '.join(cells)} |")
+    return lines
+
+
+def _step(record: dict[str, Any]) -> str:
+    prediction, draft = record["prediction"], record["steps"][-1]
+    rest = next(step["step_ms"] for step in record["steps"] if step["name"] == NO_ATTENTION)
+    dense = min((step for step in record["steps"][:-1] if step["name"] != NO_ATTENTION), key=lambda s: s["step_ms"])
+    cells = [
+        f"{record['model']}, {_compiled(record)}, sparsity {draft['name'].removeprefix('draft ')}",
+        f"{dense['step_ms']:.0f} ({dense['name']})",
+        f"{prediction['sparse_step_ms']:.0f}, **{prediction['step_speedup']:.2f}x**",
+        f"{1 - rest / dense['step_ms']:.0%} dense, {1 - rest / draft['step_ms']:.0%} draft",
+        f"{prediction['draft_s']:.0f} for {prediction['dense_s']:.0f}, {prediction['run_speedup']:.2f}x",
+        f"{draft['memory_gib']:.2f} for {dense['memory_gib']:.2f}",
+    ]
+    return f"| {' | '.join(cells)} |"
+
+
+def _compiled(record: dict[str, Any]) -> str:
+    return "compiled" if record["options"]["compiled"] else "eager"
 
 
 def _attention(record: dict[str, Any]) -> str:
-    rows = [row for row in record["rows"] if row["time"] and row["kind"] != "stage"]
-    best = min(row["time"]["median"] for row in rows if row["kind"] == "dense")
+    best = _best_dense(record)["time"]["median"]
     frames, height, width = record["shape"]["grid"]
     shape = record["shape"]
     tokens = f"{frames * height * width:,} video tokens ({frames} x {height} x {width})"
     text = f" and {shape['text']} of text" if shape["text"] else ""
     lines = [
         f"**{record['name']}**: one attention call, {tokens}{text}, {shape['heads']} heads of {shape['head_dim']}, "
-        f"batch {shape['batch']}, {record['dtype'].removeprefix('torch.')}, {record['inputs']} inputs.",
+        f"batch {shape['batch']}, {_dtype(record)}, {record['inputs']} inputs.",
         "",
-        "| | sparsity | density | ms (quartiles) | against the best dense | error |",
-        "|---|---|---|---|---|---|",
+        "| | sparsity | density | ms (quartiles) | against the best dense | of ideal | error |",
+        "|---|---|---|---|---|---|---|",
     ]
-    for row in rows:
+    for row in (row for row in record["rows"] if row["time"]):
         time = row["time"]
-        name = f"dense, {row['name']}" if row["kind"] == "dense" else f"draft, {row['name']}, {row['budget']} budget"
-        sparsity = "" if row["sparsity"] is None else f"{row['sparsity']:g}"
-        density = "1" if row["density"] is None else f"{row['density']:.3f}"
-        spread = f"{time['median']:.2f} ({time['low']:.2f} to {time['high']:.2f})"
-        ratio = f"{best / time['median']:.2f}x"
-        lines.append(f"| {name} | {sparsity} | {density} | {spread} | {ratio} | {row['error']:.0e} |")
+        names = {
+            "dense": "dense, {name}",
+            "draft": "draft, {name}, {budget} budget",
+            "stage": "{name}, {budget} budget",
+        }
+        cells = [names[row["kind"]].format(**row)]
+        cells.append("" if row["sparsity"] is None else f"{row['sparsity']:g}")
+        cells.append("1" if row["density"] is None else f"{row['density']:.3f}")
+        cells.append(f"{time['median']:.2f} ({time['low']:.2f} to {time['high']:.2f})")
+        if row["kind"] == "stage":
+            cells += ["", "", ""]
+        else:
+            ratio = best / time["median"]
+            cells += [f"{ratio:.2f}x", f"{ratio * (row['density'] or 1):.0%}", f"{row['error']:.0e}"]
+        lines.append(f"| {' | '.join(cells)} |")
     return "\n".join([*lines, "", _source(record)])
 
 
 def _model(record: dict[str, Any]) -> str:
     prediction = record["prediction"]
-    compiled = "compiled" if record["options"]["compiled"] else "eager"
+    rest = next(step["step_ms"] for step in record["steps"] if step["name"] == NO_ATTENTION)
     lines = [
-        f"**{record['model']}**: one forward of the transformer at its real width with random weights, {compiled}, "
-        "summed from measured blocks.",
+        f"**{record['model']}**: one forward of the transformer at its real width with random weights, "
+        f"{_compiled(record)}, summed from measured blocks.",
         "",
-        "| attention | ms | memory beyond weights, GiB |",
-        "|---|---|---|",
+        "| attention | ms | of it attention | memory beyond weights, GiB |",
+        "|---|---|---|---|",
     ]
-    lines += [f"| {step['name']} | {step['step_ms']:.0f} | {step['memory_gib']:.2f} |" for step in record["steps"]]
+    lines += [
+        f"| {step['name']} | {step['step_ms']:.0f} | {1 - rest / step['step_ms']:.0%} | {step['memory_gib']:.2f} |"
+        for step in record["steps"]
+    ]
     run = (
         f"With the family's dense layers a sparse step takes {prediction['sparse_step_ms']:.0f} ms, "
         f"{prediction['step_speedup']:.2f}x faster than the best dense one. A run of {prediction['steps']} steps, "
@@ -64,6 +158,6 @@ def _model(record: dict[str, Any]) -> str:
 
 def _source(record: dict[str, Any]) -> str:
     facts = record["environment"]
-    packages = ("torch", "triton", "flash-attn-4", "diffusers")
+    packages = ("torch", "triton", "flash-attn-4", "block-sparse-attn", "diffusers")
     versions = ", ".join(f"{name} {facts[name]}" for name in packages if name in facts)
     return f"{facts['device']}, {versions}, {facts['date']}: `{facts['command']}`"

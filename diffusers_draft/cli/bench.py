@@ -13,7 +13,7 @@ from ..bench.attention import Case, run_dense, run_draft
 from ..bench.measure import environment
 from ..bench.model import MODELS
 from ..bench.shapes import SHAPES, Shape, random_inputs, structured_inputs
-from ..bench.summary import speed_section
+from ..bench.summary import plot_sweep, speed_page, speed_section
 from ..bench.table import format_table, plot
 from ..config import DraftConfig, check_grid
 from . import CommandError
@@ -24,6 +24,8 @@ def add_parser(subparsers) -> None:
     what = bench.add_subparsers(dest="what", required=True)
     _add_attention(what.add_parser("attention", help="one attention call: dense baselines, backends, stages"))
     summary = what.add_parser("summary", help="print the recorded results as README shows them")
+    summary.add_argument("--full", action="store_true", help="every row, as docs/speed.md shows them")
+    summary.add_argument("--plot", type=Path, help="draw the recorded sweep of sparsities to this file")
     summary.set_defaults(run=run_summary)
     _add_model(what.add_parser("model", help="one denoising step of a real transformer, dense and sparse"))
 
@@ -125,4 +127,6 @@ def run_model(args: argparse.Namespace) -> None:
 
 
 def run_summary(args: argparse.Namespace) -> None:
-    print(speed_section())
+    print(speed_page() if args.full else speed_section())
+    if args.plot:
+        plot_sweep(args.plot)

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from ..block_mask import BlockMask
 from ..layout import TokenLayout
+from ..select import blocks_of_row, pairs_of_head
 
 MAX_SCORES = 1 << 28
 """Scores held at once (1 GiB of float32): longer videos are selected a few heads at a time."""
@@ -80,7 +81,7 @@ def _pick_by_head(scores: Tensor, sparsity: float, indices: Tensor, counts: Tens
     histograms = torch.zeros(len(DIGITS), maps, 1024, dtype=torch.int32, device=device)
     threshold = torch.zeros(maps, dtype=torch.int32, device=device)
     ties = torch.zeros(maps, n, dtype=torch.int32, device=device)
-    wanted = torch.full((maps,), max(n, round((1 - sparsity) * n * n)), dtype=torch.int32, device=device)
+    wanted = torch.full((maps,), pairs_of_head(n, sparsity), dtype=torch.int32, device=device)
     columns = shape["COLUMNS"]
     if n:
         for histogram, (shift, bits) in zip(histograms, DIGITS, strict=True):
@@ -98,7 +99,7 @@ def _pick_by_head(scores: Tensor, sparsity: float, indices: Tensor, counts: Tens
 
 def _pick_by_row(scores: Tensor, sparsity: float, indices: Tensor, counts: Tensor, sizes, shape) -> None:
     maps, n, stride = scores.shape
-    wanted = max(1, round((1 - sparsity) * n))
+    wanted = blocks_of_row(n, sparsity)
     _row_kernel[(counts.shape[-1], maps)](scores, wanted, indices, counts, stride, *sizes, **shape, num_warps=1)
 
 

@@ -21,7 +21,7 @@ from . import probe
 
 logger = logging.getLogger(__name__)
 
-BACKENDS = ("reference", "torch", "flex", "triton", "fa4")
+BACKENDS = ("reference", "torch", "flex", "triton", "fa4", "block_sparse_attn")
 AUTO = {"cuda": ("fa4", "triton", "flex", "torch"), "cpu": ("torch",)}
 """Backends that `"auto"` tries on each type of device, fastest first."""
 
@@ -31,6 +31,7 @@ WITH_BACKWARD = ("reference", "torch")
 PACKAGES = {
     "triton": "triton 3.5 or later, which comes with torch for Linux",
     "fa4": "flash-attn-4: pip install 'diffusers-draft[fa4]'",
+    "block_sparse_attn": "block_sparse_attn 0.0.2 or later, built from github.com/mit-han-lab/Block-Sparse-Attention",
 }
 
 
