@@ -24,6 +24,8 @@ from torch import Tensor
 from diffusers_draft import DraftHandle, disable_draft_attention, enable_draft_attention
 
 SPARSE_LAYERS = ["blocks.1.attn1", "blocks.2.attn1"]
+LOADED_ERROR = 1e-5
+"""Loaded weights are the same bit for bit but lie elsewhere in memory, where matrix products may round otherwise."""
 
 
 def run(model: Any, inputs: models.Inputs | None = None) -> Tensor:
@@ -331,7 +333,7 @@ def test_saved_transformer_is_stock(tmp_path: Any) -> None:
     )
     loaded = WanTransformer3DModel.from_pretrained(tmp_path / "draft")
     assert patched(loaded) == []
-    assert torch.equal(run(loaded), stock)
+    assert models.error(run(loaded), stock) <= LOADED_ERROR
     assert torch.equal(run(model), sparse)
 
 
@@ -343,7 +345,7 @@ def test_saved_pipeline_is_stock(tmp_path: Any, sparse_video: Tensor, dense_vide
     loaded = WanPipeline.from_pretrained(tmp_path, text_encoder=None, tokenizer=None)
     loaded.set_progress_bar_config(disable=True)
     assert patched(loaded.transformer) == []
-    assert torch.equal(run_wan(loaded), dense_video)
+    assert models.error(run_wan(loaded), dense_video) <= LOADED_ERROR
     assert torch.equal(run_wan(pipe), sparse_video)
 
 
