@@ -102,9 +102,9 @@ def enable_draft_attention(
     attachments = {}
     for name, (transformer, family) in found.items():
         _check_not_running(transformer)
+        family.check(transformer.config)
         if family.name not in schedules:
-            limit = family.dense_timestep if config.dense_timestep is None else config.dense_timestep
-            schedules[family.name] = Schedule(pipe, config.dense_steps, limit)
+            schedules[family.name] = _schedule(pipe, family, config)
         sparse, dense = _layers(transformer, family, config)
         attachments[name] = Attachment(transformer, family, config, schedules[family.name], sparse, dense)
 
@@ -165,6 +165,14 @@ def _transformers(pipe: Any) -> dict[str, tuple[nn.Module, Family]]:
     return found
 
 
+def _schedule(pipe: Any, family: Family, config: DraftConfig) -> Schedule:
+    """The schedule that was asked for, or else the family's."""
+    if config.dense_steps is not None or config.dense_timestep is not None:
+        limit = family.dense_timestep if config.dense_timestep is None else config.dense_timestep
+        return Schedule(pipe, config.dense_steps, limit)
+    return Schedule(pipe, family.dense_steps if hasattr(pipe, "scheduler") else None, family.dense_timestep)
+
+
 def _layers(transformer: nn.Module, family: Family, config: DraftConfig) -> tuple[dict[str, Any], tuple[str, ...]]:
     """Stock processors of the layers to make sparse, by module path, and the paths of those that stay dense."""
     paths = [path for pattern in family.layers for path in _expand(transformer, pattern)]
@@ -184,7 +192,7 @@ def _layers(transformer: nn.Module, family: Family, config: DraftConfig) -> tupl
         if isinstance(processor, DraftProcessor) or not _is_stock(processor, family):
             raise ValueError(
                 f"Layer {path} of {type(transformer).__name__} has the processor {type(processor).__name__}, but "
-                f"draft attention needs diffusers' own {family.processor}. Undo what replaced it first."
+                f"draft attention needs diffusers' own {' or '.join(family.processors)}. Undo what replaced it first."
             )
         check_parallel_config(getattr(processor, "_parallel_config", None))
         if path not in dense:
@@ -196,7 +204,7 @@ def _is_stock(processor: Any, family: Family) -> bool:
     stock = type(processor)
     return (
         stock.__module__.startswith("diffusers.")
-        and stock.__name__ == family.processor
+        and stock.__name__ in family.processors
         and "dispatch_attention_fn" in stock.__call__.__code__.co_names
     )
 

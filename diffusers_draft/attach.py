@@ -10,6 +10,7 @@ import inspect
 import itertools
 import sys
 import types
+import warnings
 import weakref
 from collections.abc import Callable
 from typing import Any
@@ -55,6 +56,7 @@ class Attachment:
         steps: denoising steps so far, dense and sparse.
         forwards: forwards so far, likewise.
         masked_calls: calls that ran dense because of a mask.
+        replaced_calls: calls of layers whose processor was replaced after draft attention was enabled.
         last_sparse: grid and valid key lengths of the last sparse forward.
     """
 
@@ -78,6 +80,7 @@ class Attachment:
         self.steps = {"dense": 0, "sparse": 0}
         self.forwards = {"dense": 0, "sparse": 0}
         self.masked_calls = 0
+        self.replaced_calls = 0
         self.last_sparse: tuple[tuple[int, int, int], Tensor | None] | None = None
         self._last_step: tuple[int, int] | None = None
         self._parameters = tuple(inspect.signature(type(transformer).forward).parameters)[1:]
@@ -127,17 +130,18 @@ class Attachment:
     def __call__(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """The forward pre-hook: learns the grid and the lengths, decides dense or sparse, and counts."""
         inputs = dict(zip(self._parameters, args, strict=False)) | kwargs
-        frames, rows, columns = self.family.grid(inputs, module.config)
-        self.state.geometry = torch.tensor([frames, rows, columns, self.family.prefix])
-        self.state.kv_len = self.family.kv_len(inputs, frames * rows * columns)
+        video = self.family.video(inputs, module.config)
+        self.state.geometry = torch.tensor([*video.grid, video.prefix])
+        self.state.kv_len = video.kv_len
         if torch.is_grad_enabled() and getattr(module, "gradient_checkpointing", False):
             self.state.forwards_to_recompute = 1 if self.state.recomputed else self.state.forwards_to_recompute + 1
             self.state.recomputed = False
         dense = self.schedule.is_dense(inputs["timestep"])
         self.state.sparse = not dense
         if not dense:
-            self.last_sparse = ((frames, rows, columns), self.state.kv_len)
+            self.last_sparse = (video.grid, video.kv_len)
         self._count(dense)
+        self._look_for_replaced(module)
 
     def _count(self, dense: bool) -> None:
         """Counts one forward and, when the scheduler has moved on, one step."""
@@ -149,6 +153,21 @@ class Attachment:
         for processor in self.processors.values():
             self.masked_calls += processor.masked
             processor.masked = False
+
+    def _look_for_replaced(self, transformer: nn.Module) -> None:
+        """Notices layers whose processor somebody has replaced since: they run dense unless they are patched again."""
+        replaced = [
+            path for path, ours in self.processors.items() if attention_module(transformer, path).processor is not ours
+        ]
+        if replaced and not self.replaced_calls:
+            found = type(attention_module(transformer, replaced[0]).processor).__name__
+            warnings.warn(
+                f"{len(replaced)} attention layers of {type(transformer).__name__} lost draft attention: something put "
+                f"{found} in its place. They run without it. Undo that, or enable draft attention again if {found} is "
+                "diffusers' own.",
+                stacklevel=2,
+            )
+        self.replaced_calls += len(replaced)
 
     def __reduce__(self) -> Any:
         # A copy or a pickle of a patched transformer is a stock transformer, with a hook from the standard library

@@ -29,8 +29,8 @@ class TransformerReport:
         dense_layers: module paths of the layers left dense.
         steps: denoising steps so far that were `"dense"` and `"sparse"`.
         forwards: transformer forwards so far, likewise (more than steps with classifier-free guidance).
-        dense_calls: attention calls that ran dense, by reason: `"step"`, `"layer"` and `"mask"` (the model passed a
-            mask that draft attention cannot honour).
+        dense_calls: attention calls that ran dense, by reason: `"step"`, `"layer"`, `"mask"` (the model passed a
+            mask that draft attention cannot honour) and `"replacement"` (something replaced our processor).
     """
 
     component: str
@@ -114,6 +114,7 @@ def report_on(component: str, attachment: Attachment) -> TransformerReport:
             "step": forwards["dense"] * len(attachment.processors),
             "layer": sum(forwards.values()) * len(attachment.dense_layers),
             "mask": attachment.masked_calls + sum(p.masked for p in attachment.processors.values()),
+            "replacement": attachment.replaced_calls,
         },
     )
 

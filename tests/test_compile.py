@@ -249,4 +249,4 @@ def test_mask_under_compile_is_counted() -> None:
     compile_in_place(transformer, backend="eager")
     for _ in range(2):
         assert error(transformer(**inputs).sample, stock) < models.FLOAT32_ERROR
-    assert handle.report().transformers[0].dense_calls == {"step": 0, "layer": 2, "mask": 2}
+    assert handle.report().transformers[0].dense_calls == {"step": 0, "layer": 2, "mask": 2, "replacement": 0}

@@ -261,7 +261,6 @@ def test_family_defaults(name: str) -> None:
     model = tiny.build()
     family = family_of(model)
     assert family.dense_timestep == tiny.dense_timestep
-    assert family.prefix == 0
     report = enable_draft_attention(model).report().transformers[0]
     assert report.dense_layers == tiny.dense_layers
     assert set(report.densities) == set(tiny.layers) - set(tiny.dense_layers)

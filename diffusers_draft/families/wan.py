@@ -3,23 +3,22 @@
 import dataclasses
 from typing import Any
 
-from ..layout import Grid
-from . import Family, Inputs
+from . import Family, Inputs, VideoTokens
 
 
-def grid(inputs: Inputs, config: Any) -> Grid:
+def video(inputs: Inputs, config: Any) -> VideoTokens:
     """Tokens of `hidden_states` `(B, C, F, H, W)` after patching (diffusers, transformer_wan.py `forward`)."""
     frames, rows, columns = inputs["hidden_states"].shape[2:]
     patch_t, patch_h, patch_w = config.patch_size
-    return frames // patch_t, rows // patch_h, columns // patch_w
+    return VideoTokens(grid=(frames // patch_t, rows // patch_h, columns // patch_w))
 
 
 WAN = Family(
     name="Wan 2.1 and 2.2",
     pipelines=("WanPipeline", "WanImageToVideoPipeline", "WanVideoToVideoPipeline"),
     layers=("blocks.*.attn1",),
-    processor="WanAttnProcessor",
-    grid=grid,
+    processors=("WanAttnProcessor",),
+    video=video,
     dense_timestep=925.0,
     dense_layers=("blocks.0.attn1",),
     text="cross-attention",
