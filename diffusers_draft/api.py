@@ -168,9 +168,11 @@ def _transformers(pipe: Any) -> dict[str, tuple[nn.Module, Family]]:
 def _schedule(pipe: Any, family: Family, config: DraftConfig) -> Schedule:
     """The schedule that was asked for, or else the family's."""
     if config.dense_steps is not None or config.dense_timestep is not None:
-        limit = family.dense_timestep if config.dense_timestep is None else config.dense_timestep
-        return Schedule(pipe, config.dense_steps, limit)
-    return Schedule(pipe, family.dense_steps if hasattr(pipe, "scheduler") else None, family.dense_timestep)
+        share, limit = config.dense_steps, config.dense_timestep
+    else:
+        share, limit = family.dense_steps if hasattr(pipe, "scheduler") else None, None
+    limit = family.dense_timestep if limit is None else limit
+    return Schedule(pipe, share, limit, scheduler_units=family.scheduler_units)
 
 
 def _layers(transformer: nn.Module, family: Family, config: DraftConfig) -> tuple[dict[str, Any], tuple[str, ...]]:

@@ -162,9 +162,8 @@ class Attachment:
         if replaced and not self.replaced_calls:
             found = type(attention_module(transformer, replaced[0]).processor).__name__
             warnings.warn(
-                f"{len(replaced)} attention layers of {type(transformer).__name__} lost draft attention: something put "
-                f"{found} in its place. They run without it. Undo that, or enable draft attention again if {found} is "
-                "diffusers' own.",
+                f"{len(replaced)} attention layers of {type(transformer).__name__} lost draft attention: something "
+                f"put {found} in its place. They run without it. Undo that, or enable draft attention again.",
                 stacklevel=2,
             )
         self.replaced_calls += len(replaced)

@@ -48,6 +48,7 @@ class Family:
         dense_timestep: steps above this timestep stay dense by default.
         dense_steps: share of a run's steps, from its start, that stays dense by default where no timestep is known
             to be best; a transformer without a pipeline does not know its run, and no step of it is dense then.
+        scheduler_units: whether the model gets timesteps as its scheduler counts them.
         text: where text and other tokens meet the video, for the table in README.
         notes: what else a user should know, likewise.
     """
@@ -61,6 +62,7 @@ class Family:
     dense_layers: tuple[str, ...]
     dense_timestep: float = math.inf
     dense_steps: float | None = None
+    scheduler_units: bool = True
     text: str
     notes: str = ""
 
@@ -70,6 +72,15 @@ _TABLE = {
     "WanVACETransformer3DModel": "wan.WAN_VACE",
     "WanAnimateTransformer3DModel": "wan.WAN_ANIMATE",
     "HunyuanVideoTransformer3DModel": "hunyuan_video.HUNYUAN_VIDEO",
+    "SkyReelsV2Transformer3DModel": "skyreels_v2.SKYREELS_V2",
+    "LTXVideoTransformer3DModel": "ltx.LTX",
+    "LTX2VideoTransformer3DModel": "ltx2.LTX2",
+    "Kandinsky5Transformer3DModel": "kandinsky.KANDINSKY5",
+    "Kandinsky6Transformer3DModel": "kandinsky.KANDINSKY6",
+    "CosmosTransformer3DModel": "cosmos.COSMOS",
+    "CosmosControlNetModel": "cosmos.COSMOS_CONTROL",
+    "AnyFlowTransformer3DModel": "anyflow.ANYFLOW",
+    "ChronoEditTransformer3DModel": "chronoedit.CHRONOEDIT",
 }
 
 

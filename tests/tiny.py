@@ -1,0 +1,137 @@
+"""What the tests of all families share: tiny models of random weights, and a way into their attention."""
+
+import contextlib
+import math
+import sys
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from diffusers_draft import attach
+
+Grid = tuple[int, int, int]
+Inputs = dict[str, Any]
+
+RAGGED: Grid = (3, 13, 17)
+"""Five full blocks and a rest, no multiple of the tile in any direction."""
+TEXT_SLOTS = 12
+FLOAT32_ERROR = 2e-6
+
+
+def error(found: Tensor, expected: Tensor) -> float:
+    """Relative error by norm."""
+    return ((found.double() - expected.double()).norm() / expected.double().norm()).item()
+
+
+def build(cls: type[nn.Module], config: dict[str, Any], seed: int = 0) -> Any:
+    """Makes a model of random weights whose attention is peaked enough for a skipped block to show."""
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        model = cls(**config).eval()
+        for name, parameter in model.named_parameters():
+            if name.endswith("norm_q.weight"):
+                parameter.data.fill_(3.0)
+            elif name.endswith(("to_v.weight", "add_v_proj.weight", "scale_shift_table")):
+                parameter.data.mul_(4.0)
+            elif not parameter.any():  # gates and modulations that begin at zero would hide the attention
+                parameter.data.normal_(std=0.1)
+    return model
+
+
+def random(*shape: int, seed: int = 0) -> Tensor:
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed + sum(shape)))
+
+
+def latents(channels: int, batch: int, grid: Grid) -> Tensor:
+    frames, rows, columns = grid
+    return random(batch, channels, frames, 2 * rows, 2 * columns)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Tiny:
+    """A family's tiny model.
+
+    Attributes:
+        build: makes it.
+        inputs: makes keyword arguments of a forward from the batch size, the grid in tokens and the timestep.
+        layers: paths of its video self-attention in execution order.
+        dense_layers: paths of the layers that draft attention leaves dense by default.
+        dense_timestep: the threshold that draft attention has for it by default.
+        prefix: tokens in front of the video.
+        tolerance: of its outputs in float32.
+        lengths: valid keys of each sample, from the inputs and the number of video tokens, where text is padded.
+    """
+
+    build: Callable[[], Any]
+    inputs: Callable[..., Inputs]
+    layers: tuple[str, ...]
+    dense_layers: tuple[str, ...]
+    dense_timestep: float = math.inf
+    prefix: int = 0
+    tolerance: float = FLOAT32_ERROR
+    lengths: Callable[[Inputs, int], Tensor | None] = lambda inputs, video: None
+
+
+def processors(model: nn.Module) -> dict[str, Any]:
+    """Every attention processor of a model by module path."""
+    return {path: module.processor for path, module in model.named_modules() if hasattr(module, "processor")}
+
+
+def patched(model: nn.Module) -> list[str]:
+    """Paths of the layers whose processor is not diffusers' own."""
+    return [path for path, processor in processors(model).items() if type(processor).__module__ == attach.__name__]
+
+
+def forward(model: nn.Module, inputs: Inputs) -> Tensor:
+    """The output of a model for video, of whatever form."""
+    with torch.no_grad():
+        output = model(**inputs)
+    found = next(iter(output.values()))
+    return found if isinstance(found, Tensor) else torch.cat(found)
+
+
+@contextlib.contextmanager
+def attention_replaced(model: nn.Module, paths: tuple[str, ...], attend: Callable[..., Tensor]) -> Iterator[list[str]]:
+    """Runs `attend(query, key, value)` instead of the attention in the given layers of an unpatched model.
+
+    Shares nothing with draft attention's own way in. Yields the paths of the layers as they run.
+    """
+    ran: list[str] = []
+    current: list[str] = []
+    handles = []
+    for path in paths:
+        module = model.get_submodule(path)
+        handles.append(module.register_forward_pre_hook(lambda module, args, path=path: current.append(path)))
+        handles.append(module.register_forward_hook(lambda module, args, output: current.clear()))
+    upstream = {sys.modules[type(model.get_submodule(path).processor).__module__] for path in paths}
+
+    def dispatching(stock: Callable[..., Tensor]) -> Callable[..., Tensor]:
+        def dispatch(query: Tensor, key: Tensor, value: Tensor, **kwargs: Any) -> Tensor:
+            if not current:
+                return stock(query, key, value, **kwargs)
+            ran.append(current[0])
+            return attend(query, key, value)
+
+        return dispatch
+
+    stocks = {module: module.dispatch_attention_fn for module in upstream}
+    try:
+        for module, stock in stocks.items():
+            module.dispatch_attention_fn = dispatching(stock)
+        yield ran
+    finally:
+        for module, stock in stocks.items():
+            module.dispatch_attention_fn = stock
+        for handle in handles:
+            handle.remove()
+
+
+class Loop:
+    """The least that has components and a scheduler, for tests that run their own denoising loop."""
+
+    def __init__(self, scheduler: Any, **components: Any) -> None:
+        self.components = components
+        self.scheduler = scheduler
