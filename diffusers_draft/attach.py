@@ -57,7 +57,7 @@ class Attachment:
         forwards: forwards so far, likewise.
         masked_calls: calls that ran dense because of a mask.
         replaced_calls: calls of layers whose processor was replaced after draft attention was enabled.
-        last_sparse: grid and valid key lengths of the last sparse forward.
+        last_sparse: grid of the last sparse forward.
     """
 
     def __init__(
@@ -81,7 +81,7 @@ class Attachment:
         self.forwards = {"dense": 0, "sparse": 0}
         self.masked_calls = 0
         self.replaced_calls = 0
-        self.last_sparse: tuple[tuple[int, int, int], Tensor | None] | None = None
+        self.last_sparse: tuple[int, int, int] | None = None
         self._last_step: tuple[int, int] | None = None
         self._parameters = tuple(inspect.signature(type(transformer).forward).parameters)[1:]
         self._number = next(_numbers)
@@ -139,7 +139,7 @@ class Attachment:
         dense = self.schedule.is_dense(inputs["timestep"])
         self.state.sparse = not dense
         if not dense:
-            self.last_sparse = (video.grid, video.kv_len)
+            self.last_sparse = video.grid
         self._count(dense)
         self._look_for_replaced(module)
 
@@ -199,21 +199,25 @@ class DraftProcessor:
     _stock: type
     masked: bool
     kv_num_blocks: Tensor | None
+    kv_len: Tensor | None
 
     @classmethod
     def wrapping(cls, original: Any) -> Any:
         processor = cls.__new__(cls)
-        processor.__dict__.update(original.__dict__, masked=False, kv_num_blocks=None)
+        processor.__dict__.update(original.__dict__, masked=False, kv_num_blocks=None, kv_len=None)
         return processor
 
     def unwrapped(self, original: Any) -> Any:
         """The original, with what was set on us meanwhile, such as an attention backend."""
-        original.__dict__.update({k: v for k, v in self.__dict__.items() if k not in ("masked", "kv_num_blocks")})
+        original.__dict__.update(self._stock_attributes())
         return original
 
+    def _stock_attributes(self) -> dict[str, Any]:
+        ours = ("masked", "kv_num_blocks", "kv_len")
+        return {name: value for name, value in self.__dict__.items() if name not in ours}
+
     def __reduce__(self) -> Any:
-        attributes = {k: v for k, v in self.__dict__.items() if k not in ("masked", "kv_num_blocks")}
-        return (object.__new__, (self._stock,), attributes)
+        return (object.__new__, (self._stock,), self._stock_attributes())
 
 
 def _shadow_module(name: str, upstream: dict[str, Any], dispatch: Callable[..., Tensor]) -> types.ModuleType:
@@ -247,7 +251,7 @@ def _dispatch(state: State, config: DraftConfig, stock: Callable[..., Tensor]) -
         backend: Any = None,
         parallel_config: Any = None,
     ) -> Tensor:
-        # A mask over keys alone is the padding that `kv_len` already leaves out.
+        # A mask over keys alone is the padding that `kv_len` leaves out; layers without one see no padding.
         masked = attn_mask is not None and (state.kv_len is None or attn_mask.shape[-2] > 1)
         if masked:
             state.processor.masked = state.sparse
@@ -273,9 +277,10 @@ def _dispatch(state: State, config: DraftConfig, stock: Callable[..., Tensor]) -
                 f"dropout_p={dropout_p}, is_causal={is_causal}, enable_gqa={enable_gqa}, {attention_kwargs=}."
             )
         check_parallel_config(parallel_config)
-        kv_len = None if state.kv_len is None else state.kv_len.to(query.device)
+        kv_len = None if attn_mask is None or state.kv_len is None else state.kv_len.to(query.device)
         state.kind = (query.dtype, query.shape[-1])
         out, state.processor.kv_num_blocks = attend(query, key, value, state.geometry, kv_len, config, scale)
+        state.processor.kv_len = kv_len
         return out
 
     return dispatch_attention_fn

@@ -88,14 +88,13 @@ def report_on(component: str, attachment: Attachment) -> TransformerReport:
     """Reads the counters; waits for the device to fetch the densities."""
     state, config = attachment.state, attachment.config
     frames, rows, columns, _ = state.geometry.tolist()
-    sparse_grid, kv_len = attachment.last_sparse or ((0, 0, 0), None)
     block = config.tile[0] * config.tile[1]
-    counts = {path: processor.kv_num_blocks for path, processor in attachment.processors.items()}
-    measured = next((count for count in counts.values() if count is not None), None)
+    counts = (processor.kv_num_blocks for processor in attachment.processors.values())
+    measured = next((count for count in counts if count is not None), None)
     choice = blocks = None
     if measured is not None and state.kind is not None:
         choice = kernels.choose(config.backend, measured.device, *state.kind, block)
-        blocks = (measured.shape[-1], math.prod(sparse_grid) // block)
+        blocks = (measured.shape[-1], math.prod(attachment.last_sparse or (0,)) // block)
     forwards = attachment.forwards
     return TransformerReport(
         component=component,
@@ -106,7 +105,7 @@ def report_on(component: str, attachment: Attachment) -> TransformerReport:
         backend_reason=choice.reason if choice else None,
         grid=(frames, rows, columns) if frames else None,
         blocks=blocks,
-        densities={path: _density(count, kv_len, block) for path, count in counts.items()},
+        densities={path: _density(p.kv_num_blocks, p.kv_len, block) for path, p in attachment.processors.items()},
         dense_layers=attachment.dense_layers,
         steps=dict(attachment.steps),
         forwards=dict(forwards),
@@ -123,7 +122,7 @@ def _density(counts: torch.Tensor | None, kv_len: torch.Tensor | None, block: in
     if counts is None:
         return None
     batch, _, num_blocks = counts.shape
-    if kv_len is None or len(kv_len) != batch:
+    if kv_len is None:
         valid = counts.new_full((batch,), num_blocks)
     else:
         valid = (kv_len.to(counts.device) + block - 1) // block

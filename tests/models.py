@@ -4,6 +4,7 @@ from collections.abc import Callable
 from typing import Any
 
 import tiny_cross
+import tiny_joint
 import torch
 from diffusers import (
     AutoencoderKLHunyuanVideo,
@@ -176,12 +177,13 @@ def _tiny_hunyuan_video(inputs: Callable[..., Inputs] = hunyuan_video_inputs, **
         layers=dual + single,
         dense_timestep=945,
         dense_layers=dual[:2],
-        lengths=lambda inputs, video: video + inputs["encoder_attention_mask"].sum(dim=1),
+        lengths=tiny_joint.without_padding,
     )
 
 
 TINY = {
     **tiny_cross.TINY,
+    **tiny_joint.TINY,
     "wan": _tiny_wan(wan, wan_inputs),
     "wan_i2v": _tiny_wan(wan_i2v, wan_i2v_inputs),
     "wan_ti2v": _tiny_wan(wan, wan_ti2v_inputs),

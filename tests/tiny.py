@@ -1,13 +1,16 @@
 """What the tests of all families share: tiny models of random weights, and a way into their attention."""
 
 import contextlib
+import functools
 import math
 import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
+import diffusers
 import torch
+from packaging.version import Version
 from torch import Tensor, nn
 
 from diffusers_draft import attach
@@ -62,7 +65,7 @@ class Tiny:
         dense_timestep: the threshold that draft attention has for it by default.
         prefix: tokens in front of the video.
         tolerance: of its outputs in float32.
-        lengths: valid keys of each sample, from the inputs and the number of video tokens, where text is padded.
+        lengths: valid keys of each sample, from the inputs and the sequence length, where text is padded.
     """
 
     build: Callable[[], Any]
@@ -72,7 +75,34 @@ class Tiny:
     dense_timestep: float = math.inf
     prefix: int = 0
     tolerance: float = FLOAT32_ERROR
-    lengths: Callable[[Inputs, int], Tensor | None] = lambda inputs, video: None
+    lengths: Callable[[Inputs, int], Tensor | None] = lambda inputs, seq_len: None
+
+
+def family(
+    cls: str,
+    config: dict[str, Any],
+    inputs: Callable[..., Inputs],
+    layers: dict[str, int],
+    case: str = "",
+    builder: Callable[..., Any] = build,
+    **options: Any,
+) -> dict[str, Tiny]:
+    """One entry of a table, or none where the installed diffusers is older than what draft attention needs.
+
+    Args:
+        cls: name of the transformer class in diffusers.
+        config: of the tiny model.
+        inputs: as `Tiny` has them.
+        layers: paths of its layers with `*` for the index, and how many there are; the first one stays dense.
+        case: what is special.
+        builder: makes the model from class and config.
+        **options: other attributes of `Tiny`.
+    """
+    if not hasattr(diffusers, cls) or (cls.startswith("Cosmos") and Version(diffusers.__version__) < Version("0.37")):
+        return {}
+    paths = tuple(pattern.replace("*", str(index)) for pattern, count in layers.items() for index in range(count))
+    make = functools.partial(builder, getattr(diffusers, cls), config)
+    return {f"{cls}{case}": Tiny(build=make, inputs=inputs, layers=paths, dense_layers=paths[:1], **options)}
 
 
 def processors(model: nn.Module) -> dict[str, Any]:
@@ -90,7 +120,7 @@ def forward(model: nn.Module, inputs: Inputs) -> Tensor:
     with torch.no_grad():
         output = model(**inputs)
     found = next(iter(output.values()))
-    return found if isinstance(found, Tensor) else torch.cat(found)
+    return found if isinstance(found, Tensor) else torch.stack(found, dim=1)
 
 
 @contextlib.contextmanager

@@ -3,38 +3,15 @@
 import functools
 import math
 import sys
-from collections.abc import Callable
 from types import SimpleNamespace
 from typing import Any
 
-import diffusers
 import torch
-from tiny import RAGGED, Grid, Inputs, Tiny, build, latents, random
+from tiny import RAGGED, Grid, Inputs, build, family, latents, random
 from torch import Tensor, nn
 
 _HEADS = dict(num_attention_heads=2, attention_head_dim=16, num_layers=3)
 _WAN = _HEADS | dict(in_channels=4, out_channels=4, text_dim=8, freq_dim=16, ffn_dim=32, rope_max_seq_len=64)
-
-
-def _paths(pattern: str, count: int = 3) -> tuple[str, ...]:
-    return tuple(pattern.replace("*", str(index)) for index in range(count))
-
-
-def _tiny(
-    cls: str,
-    config: dict[str, Any],
-    inputs: Callable[..., Inputs],
-    pattern: str,
-    case: str = "",
-    builder: Callable[..., Any] = build,
-    **options: Any,
-) -> dict[str, Tiny]:
-    """One entry of the table, or none where the installed diffusers is older than the class."""
-    if not hasattr(diffusers, cls):
-        return {}
-    layers = _paths(pattern)
-    make = functools.partial(builder, getattr(diffusers, cls), config)
-    return {f"{cls}{case}": Tiny(build=make, inputs=inputs, layers=layers, dense_layers=layers[:1], **options)}
 
 
 def _timestep(batch: int, timestep: float) -> Tensor:
@@ -181,6 +158,7 @@ def without_torchvision(cls: type[nn.Module], config: dict[str, Any]) -> Any:
 
 
 _LTX = _HEADS | dict(in_channels=4, out_channels=4, cross_attention_dim=32, caption_channels=8)
+_LTX_LAYERS = {"transformer_blocks.*.attn1": 3}
 _LTX2 = _LTX | dict(
     audio_in_channels=4,
     audio_out_channels=4,
@@ -223,48 +201,48 @@ _COSMOS_CONTROL = dict(
 )
 
 TINY = {
-    **_tiny("SkyReelsV2Transformer3DModel", _WAN, wan_like_inputs, "blocks.*.attn1"),
-    **_tiny("SkyReelsV2Transformer3DModel", _WAN, forced_inputs, "blocks.*.attn1", " forcing"),
-    **_tiny("ChronoEditTransformer3DModel", _WAN, wan_like_inputs, "blocks.*.attn1"),
-    **_tiny("AnyFlowTransformer3DModel", _WAN, anyflow_inputs, "blocks.*.attn1"),
-    **_tiny("LTXVideoTransformer3DModel", _LTX, ltx_inputs, "transformer_blocks.*.attn1"),
-    **_tiny(
+    **family("SkyReelsV2Transformer3DModel", _WAN, wan_like_inputs, {"blocks.*.attn1": 3}),
+    **family("SkyReelsV2Transformer3DModel", _WAN, forced_inputs, {"blocks.*.attn1": 3}, " forcing"),
+    **family("ChronoEditTransformer3DModel", _WAN, wan_like_inputs, {"blocks.*.attn1": 3}),
+    **family("AnyFlowTransformer3DModel", _WAN, anyflow_inputs, {"blocks.*.attn1": 3}),
+    **family("LTXVideoTransformer3DModel", _LTX, ltx_inputs, {"transformer_blocks.*.attn1": 3}),
+    **family(
         "LTXVideoTransformer3DModel",
         _LTX,
         ltx_condition_inputs,
-        "transformer_blocks.*.attn1",
+        {"transformer_blocks.*.attn1": 3},
         " conditions",
         prefix=sum(math.prod(grid) for grid, _ in CONDITIONS),
     ),
-    **_tiny("LTX2VideoTransformer3DModel", _LTX2, ltx2_inputs, "transformer_blocks.*.attn1"),
-    **_tiny("LTX2VideoTransformer3DModel", _LTX2, ltx2_keyframe_inputs, "transformer_blocks.*.attn1", " keyframes"),
-    **_tiny("LTX2VideoTransformer3DModel", _LTX2, ltx2_refined_inputs, "transformer_blocks.*.attn1", " coordinates"),
-    **_tiny(
+    **family("LTX2VideoTransformer3DModel", _LTX2, ltx2_inputs, _LTX_LAYERS),
+    **family("LTX2VideoTransformer3DModel", _LTX2, ltx2_keyframe_inputs, _LTX_LAYERS, " keyframes"),
+    **family("LTX2VideoTransformer3DModel", _LTX2, ltx2_refined_inputs, _LTX_LAYERS, " coordinates"),
+    **family(
         "Kandinsky5Transformer3DModel",
         _KANDINSKY,
         kandinsky5_inputs,
-        "visual_transformer_blocks.*.self_attention",
+        {"visual_transformer_blocks.*.self_attention": 3},
         tolerance=2e-5,  # it rounds queries and keys to bfloat16
     ),
-    **_tiny(
+    **family(
         "Kandinsky6Transformer3DModel",
         _KANDINSKY | dict(visual_cond=False, in_audio_dim=4, out_audio_dim=4, cross_gates=True, fix_modulation=True),
         kandinsky6_inputs,
-        "visual_transformer_blocks.*.video_dec_block.self_attention",
+        {"visual_transformer_blocks.*.video_dec_block.self_attention": 3},
     ),
-    **_tiny("CosmosTransformer3DModel", _COSMOS, cosmos_inputs, "transformer_blocks.*.attn1"),
-    **_tiny(
+    **family("CosmosTransformer3DModel", _COSMOS, cosmos_inputs, {"transformer_blocks.*.attn1": 3}),
+    **family(
         "CosmosTransformer3DModel",
         _COSMOS | dict(extra_pos_embed_type=None),
         cosmos_frame_inputs,
-        "transformer_blocks.*.attn1",
+        {"transformer_blocks.*.attn1": 3},
         " per frame",
     ),
-    **_tiny(
+    **family(
         "CosmosControlNetModel",
         _COSMOS_CONTROL,
         cosmos_control_inputs,
-        "control_blocks.*.attn1",
+        {"control_blocks.*.attn1": 3},
         builder=without_torchvision,
     ),
 }

@@ -81,6 +81,10 @@ _TABLE = {
     "CosmosControlNetModel": "cosmos.COSMOS_CONTROL",
     "AnyFlowTransformer3DModel": "anyflow.ANYFLOW",
     "ChronoEditTransformer3DModel": "chronoedit.CHRONOEDIT",
+    "MotifVideoTransformer3DModel": "motif_video.MOTIF_VIDEO",
+    "HunyuanVideoFramepackTransformer3DModel": "framepack.FRAMEPACK",
+    "HeliosTransformer3DModel": "helios.HELIOS",
+    "MiniMaxH3Transformer3DModel": "minimax_h3.MINIMAX_H3",
 }
 
 

@@ -1,5 +1,6 @@
 """Grids of packed latents, read from the coordinates of their tokens."""
 
+import itertools
 import math
 
 import torch
@@ -30,12 +31,19 @@ def from_arguments(inputs: Inputs) -> VideoTokens:
         )
     if coords not in _found:
         starts = coords[0, ..., 0] if coords.dim() == 4 else coords[0]
-        _found[coords] = longest_video(starts.cpu())
+        _found[coords] = max(videos(starts.cpu()), key=lambda video: math.prod(video.grid))
     return _found[coords]
 
 
-def longest_video(coords: Tensor) -> VideoTokens:
-    """The longest run of frames in raster order that cover the same places at increasing times.
+def from_positions(position_ids: Tensor) -> VideoTokens:
+    """The last video of a packed sequence, from the `(S, 3)` coordinates of its tokens."""
+    if position_ids not in _found:
+        _found[position_ids] = videos(position_ids.T.cpu())[-1]
+    return _found[position_ids]
+
+
+def videos(coords: Tensor) -> list[VideoTokens]:
+    """Cuts a sequence into runs of frames in raster order that cover the same places at increasing times.
 
     Conditions in front of a video or behind it begin at another time or cover other places.
 
@@ -46,15 +54,14 @@ def longest_video(coords: Tensor) -> VideoTokens:
     restarts = (row[1:] < row[:-1]) | ((row[1:] == row[:-1]) & (column[1:] <= column[:-1]))
     cuts = torch.nonzero(restarts | (time[1:] != time[:-1])).flatten() + 1
     bounds = [0, *cuts.tolist(), coords.shape[1]]
-    best = VideoTokens(grid=(0, 0, 0))
-    first = 0
-    for frame in range(len(bounds) - 1):
-        begin, end = bounds[frame : frame + 2]
-        before = bounds[max(frame - 1, 0)]
-        continues = coords[1:, begin:end].equal(coords[1:, before:begin]) and time[before] < time[begin]
-        first = first if continues else frame
-        rows = len(row[begin:end].unique())
-        grid = (frame - first + 1, rows, (end - begin) // rows)
-        if math.prod(grid) > math.prod(best.grid):
-            best = VideoTokens(grid=grid, prefix=bounds[first])
-    return best
+    found: list[VideoTokens] = []
+    before = 0
+    for begin, end in itertools.pairwise(bounds):
+        if coords[1:, begin:end].equal(coords[1:, before:begin]) and time[before] < time[begin]:
+            frames, rows, columns = found[-1].grid
+            found[-1] = VideoTokens(grid=(frames + 1, rows, columns), prefix=found[-1].prefix)
+        else:
+            rows = len(row[begin:end].unique())
+            found.append(VideoTokens(grid=(1, rows, (end - begin) // rows), prefix=begin))
+        before = begin
+    return found
