@@ -7,11 +7,12 @@ from typing import Any
 
 from torch import nn
 
-from .attach import Attachment, DraftProcessor, attention_module, check_parallel_config
+from .attach import Attachment, attention_module, check_parallel_config
 from .config import Budget, DraftConfig
 from .families import Family, families, family_of
 from .report import DraftReport, report_on
 from .schedule import Schedule
+from .shadow import DraftProcessor, can_be_patched
 
 
 class DraftHandle:
@@ -207,7 +208,7 @@ def _is_stock(processor: Any, family: Family) -> bool:
     return (
         stock.__module__.startswith("diffusers.")
         and stock.__name__ in family.processors
-        and "dispatch_attention_fn" in stock.__call__.__code__.co_names
+        and can_be_patched(processor, family)
     )
 
 

@@ -1,15 +1,9 @@
-"""How a stock attention processor gets our attention call, and how a forward learns its grid.
-
-Every modern diffusers processor ends in one call of the module global `dispatch_attention_fn`. A subclass runs
-upstream's own `__call__` code with that one name bound to ours, so that nothing upstream does is copied here.
-"""
+"""Puts draft attention into a transformer: how its layers get our attention, and how a forward learns its grid."""
 
 import contextlib
 import functools
 import inspect
-import itertools
 import sys
-import types
 import warnings
 import weakref
 from collections.abc import Callable
@@ -22,8 +16,7 @@ from .attention import attend, check_backend
 from .config import DraftConfig
 from .families import Family
 from .schedule import Schedule
-
-_numbers = itertools.count()
+from .shadow import patched_class
 
 
 def attention_module(transformer: nn.Module, path: str) -> Any:
@@ -84,10 +77,11 @@ class Attachment:
         self.last_sparse: tuple[int, int, int] | None = None
         self._last_step: tuple[int, int] | None = None
         self._parameters = tuple(inspect.signature(type(transformer).forward).parameters)[1:]
-        self._number = next(_numbers)
-        self._shadows: dict[str, types.ModuleType] = {}
-        classes = {type(original) for original in originals.values()}
-        patched: dict[type, Any] = {stock: self._patched_class(stock) for stock in classes}
+        dispatch = functools.partial(_dispatch, self.state, config)
+        patched: dict[type, Any] = {
+            stock: patched_class(stock, self.state, family, dispatch) for stock in map(type, originals.values())
+        }
+        self._shadows = [module for cls in patched.values() for module in cls.shadows]
         self.processors = {path: patched[type(original)].wrapping(original) for path, original in originals.items()}
         self._hook: Any = None
         self._forget: weakref.finalize | None = None
@@ -97,8 +91,8 @@ class Attachment:
         transformer = self.transformer()
         assert transformer is not None, "the transformer is held by the caller"
         # In `sys.modules` because `torch.compile` looks up a function's globals by module name.
-        sys.modules.update(self._shadows)
-        self._forget = weakref.finalize(transformer, _drop_modules, tuple(self._shadows))
+        sys.modules.update({module.__name__: module for module in self._shadows})
+        self._forget = weakref.finalize(transformer, _drop_modules, [module.__name__ for module in self._shadows])
         try:
             for path, processor in self.processors.items():
                 attention_module(transformer, path).processor = processor
@@ -173,63 +167,8 @@ class Attachment:
         # that takes three arguments and does nothing.
         return (getattr, (contextlib.nullcontext(), "__exit__"))
 
-    def _patched_class(self, stock: type) -> type:
-        """Subclasses a stock processor; its `__call__` is upstream's code with our dispatch."""
-        upstream = stock.__call__
-        dispatch = _dispatch(self.state, self.config, upstream.__globals__["dispatch_attention_fn"])
-        shadow = _shadow_module(f"{__name__}.{stock.__name__}_{self._number}", upstream.__globals__, dispatch)
-        self._shadows[shadow.__name__] = shadow
-        call = types.FunctionType(
-            upstream.__code__, shadow.__dict__, upstream.__name__, upstream.__defaults__, upstream.__closure__
-        )
-        call.__kwdefaults__ = upstream.__kwdefaults__
-        state = self.state
 
-        @functools.wraps(upstream)
-        def __call__(processor: Any, *args: Any, **kwargs: Any) -> Any:
-            state.processor = processor
-            return call(processor, *args, **kwargs)
-
-        return type(f"Draft{stock.__name__}", (DraftProcessor, stock), {"__call__": __call__, "_stock": stock})
-
-
-class DraftProcessor:
-    """Mixed into a stock processor class."""
-
-    _stock: type
-    masked: bool
-    kv_num_blocks: Tensor | None
-    kv_len: Tensor | None
-
-    @classmethod
-    def wrapping(cls, original: Any) -> Any:
-        processor = cls.__new__(cls)
-        processor.__dict__.update(original.__dict__, masked=False, kv_num_blocks=None, kv_len=None)
-        return processor
-
-    def unwrapped(self, original: Any) -> Any:
-        """The original, with what was set on us meanwhile, such as an attention backend."""
-        original.__dict__.update(self._stock_attributes())
-        return original
-
-    def _stock_attributes(self) -> dict[str, Any]:
-        ours = ("masked", "kv_num_blocks", "kv_len")
-        return {name: value for name, value in self.__dict__.items() if name not in ours}
-
-    def __reduce__(self) -> Any:
-        return (object.__new__, (self._stock,), self._stock_attributes())
-
-
-def _shadow_module(name: str, upstream: dict[str, Any], dispatch: Callable[..., Tensor]) -> types.ModuleType:
-    """Upstream's globals in a module of our own, where `dispatch_attention_fn` is ours."""
-    shadow = types.ModuleType(name)
-    own = ("__name__", "__spec__", "__loader__", "__file__")
-    shadow.__dict__.update({key: value for key, value in upstream.items() if key not in own})
-    shadow.__dict__["dispatch_attention_fn"] = dispatch
-    return shadow
-
-
-def _drop_modules(names: tuple[str, ...]) -> None:
+def _drop_modules(names: list[str]) -> None:
     for name in names:
         sys.modules.pop(name, None)
 

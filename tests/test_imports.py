@@ -13,8 +13,8 @@ EDGES = ("__main__", "cli", "demo", "bench")
 
 ALLOWED = {
     "": {"api", "attention", "config"},
-    "api": {"attach", "config", "families", "report", "schedule"},
-    "attach": {"attention", "config", "families", "schedule"},
+    "api": {"attach", "config", "families", "report", "schedule", "shadow"},
+    "attach": {"attention", "config", "families", "schedule", "shadow"},
     "attention": {"block_mask", "config", "draft", "kernels", "layout", "plain", "select"},
     "block_mask": set(),
     "config": {"kernels", "select"},
@@ -23,6 +23,7 @@ ALLOWED = {
     "plain": {"block_mask", "draft", "layout", "select"},
     "report": {"attach", "block_mask", "config", "kernels"},
     "schedule": set(),
+    "shadow": {"families"},
     "select": {"block_mask"},
     "fused": {"fused.*"},
     "fused.*": {"block_mask", "layout"},

@@ -6,6 +6,7 @@ import math
 import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from types import ModuleType
 from typing import Any
 
 import diffusers
@@ -13,7 +14,7 @@ import torch
 from packaging.version import Version
 from torch import Tensor, nn
 
-from diffusers_draft import attach
+from diffusers_draft.shadow import DraftProcessor
 
 Grid = tuple[int, int, int]
 Inputs = dict[str, Any]
@@ -112,7 +113,7 @@ def processors(model: nn.Module) -> dict[str, Any]:
 
 def patched(model: nn.Module) -> list[str]:
     """Paths of the layers whose processor is not diffusers' own."""
-    return [path for path, processor in processors(model).items() if type(processor).__module__ == attach.__name__]
+    return [path for path, processor in processors(model).items() if isinstance(processor, DraftProcessor)]
 
 
 def forward(model: nn.Module, inputs: Inputs) -> Tensor:
@@ -138,7 +139,7 @@ def attention_replaced(model: nn.Module, paths: tuple[str, ...], attend: Callabl
         handles.append(module.register_forward_hook(lambda module, args, output: current.clear()))
     upstream = {sys.modules[type(model.get_submodule(path).processor).__module__] for path in paths}
 
-    def dispatching(stock: Callable[..., Tensor]) -> Callable[..., Tensor]:
+    def dispatch_of(stock: Callable[..., Tensor]) -> Callable[..., Tensor]:
         def dispatch(query: Tensor, key: Tensor, value: Tensor, **kwargs: Any) -> Tensor:
             if not current:
                 return stock(query, key, value, **kwargs)
@@ -147,14 +148,31 @@ def attention_replaced(model: nn.Module, paths: tuple[str, ...], attend: Callabl
 
         return dispatch
 
-    stocks = {module: module.dispatch_attention_fn for module in upstream}
+    def sdpa_of(stock: Callable[..., Tensor]) -> Callable[..., Tensor]:
+        def sdpa(query: Tensor, key: Tensor, value: Tensor, **kwargs: Any) -> Tensor:
+            if not current:
+                return stock(query, key, value, **kwargs)
+            ran.append(current.pop())  # whatever attends now is not the layer
+            return attend(*(tensor.transpose(1, 2) for tensor in (query, key, value))).transpose(1, 2)
+
+        return sdpa
+
+    def way_in(module: ModuleType) -> tuple[Any, str, Callable[..., Tensor]]:
+        """Where the attention call of a module is, and what to put there."""
+        if hasattr(module, "dispatch_attention_fn"):
+            return module, "dispatch_attention_fn", dispatch_of(module.dispatch_attention_fn)
+        functional = nn.functional
+        return functional, "scaled_dot_product_attention", sdpa_of(functional.scaled_dot_product_attention)
+
+    ways = [way_in(module) for module in upstream]
+    stocks = [(owner, name, getattr(owner, name)) for owner, name, _ in ways]
     try:
-        for module, stock in stocks.items():
-            module.dispatch_attention_fn = dispatching(stock)
+        for owner, name, ours in ways:
+            setattr(owner, name, ours)
         yield ran
     finally:
-        for module, stock in stocks.items():
-            module.dispatch_attention_fn = stock
+        for owner, name, stock in stocks:
+            setattr(owner, name, stock)
         for handle in handles:
             handle.remove()
 

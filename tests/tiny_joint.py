@@ -161,7 +161,6 @@ _HELIOS = _HEADS | dict(
     freq_dim=16,
     ffn_dim=32,
     rope_dim=(4, 6, 6),
-    is_amplify_history=True,
 )
 _MINIMAX = _HEADS | dict(
     hidden_size=24,
@@ -203,7 +202,6 @@ TINY: dict[str, Any] = {
         helios_inputs,
         {"blocks.*.attn1": 3},
         prefix=HISTORY_TOKENS["helios"],
-        tolerance=2e-5,  # it scales the keys of the history up
     ),
     **family("HeliosTransformer3DModel", _HELIOS, helios_first_chunk, {"blocks.*.attn1": 3}, case=" first chunk"),
     **family(

@@ -41,7 +41,11 @@ class Family:
         name: for people.
         pipelines: diffusers pipelines that use it.
         layers: module paths of the video self-attention layers with `*` for the index, in execution order.
-        processors: class names of their stock processors, which must end in `dispatch_attention_fn`.
+        processors: class names of their stock processors, which must end in `dispatch_attention_fn` or
+            `F.scaled_dot_product_attention`.
+        explicit: a `__call__` to run instead of theirs, which ends in `dispatch_attention_fn`; it must keep up with
+            upstream's, and tests/test_explicit.py watches that.
+        stock_when_dense: whether dense forwards run upstream's `__call__` all the same.
         video: finds the video tokens from the inputs of a forward and the model's config.
         check: raises ValueError for a model whose config makes its self-attention something else.
         dense_layers: module paths of the layers that stay dense by default.
@@ -57,6 +61,8 @@ class Family:
     pipelines: tuple[str, ...]
     layers: tuple[str, ...]
     processors: tuple[str, ...]
+    explicit: Callable[..., Any] | None = None
+    stock_when_dense: bool = False
     video: Callable[[Inputs, Any], VideoTokens]
     check: Callable[[Any], None] = anything
     dense_layers: tuple[str, ...]
