@@ -5,6 +5,7 @@ from typing import Any
 
 import tiny_cross
 import tiny_joint
+import tiny_older
 import torch
 from diffusers import (
     AutoencoderKLHunyuanVideo,
@@ -184,6 +185,7 @@ def _tiny_hunyuan_video(inputs: Callable[..., Inputs] = hunyuan_video_inputs, **
 TINY = {
     **tiny_cross.TINY,
     **tiny_joint.TINY,
+    **tiny_older.TINY,
     "wan": _tiny_wan(wan, wan_inputs),
     "wan_i2v": _tiny_wan(wan_i2v, wan_i2v_inputs),
     "wan_ti2v": _tiny_wan(wan, wan_ti2v_inputs),

@@ -94,16 +94,17 @@ def family(
         cls: name of the transformer class in diffusers.
         config: of the tiny model.
         inputs: as `Tiny` has them.
-        layers: paths of its layers with `*` for the index, and how many there are; the first one stays dense.
+        layers: paths of its layers with `*` for the index, and how many there are.
         case: what is special.
         builder: makes the model from class and config.
-        **options: other attributes of `Tiny`.
+        **options: other attributes of `Tiny`; if no dense layers are among them, the first one stays dense.
     """
     if not hasattr(diffusers, cls) or (cls.startswith("Cosmos") and Version(diffusers.__version__) < Version("0.37")):
         return {}
     paths = tuple(pattern.replace("*", str(index)) for pattern, count in layers.items() for index in range(count))
     make = functools.partial(builder, getattr(diffusers, cls), config)
-    return {f"{cls}{case}": Tiny(build=make, inputs=inputs, layers=paths, dense_layers=paths[:1], **options)}
+    tiny = Tiny(**dict(build=make, inputs=inputs, layers=paths, dense_layers=paths[:1]) | options)
+    return {f"{cls}{case}": tiny}
 
 
 def processors(model: nn.Module) -> dict[str, Any]:
@@ -152,8 +153,11 @@ def attention_replaced(model: nn.Module, paths: tuple[str, ...], attend: Callabl
         def sdpa(query: Tensor, key: Tensor, value: Tensor, **kwargs: Any) -> Tensor:
             if not current:
                 return stock(query, key, value, **kwargs)
-            ran.append(current.pop())  # whatever attends now is not the layer
-            return attend(*(tensor.transpose(1, 2) for tensor in (query, key, value))).transpose(1, 2)
+            path = current.pop()  # `attend` itself may come through here
+            ran.append(path)
+            out = attend(*(tensor.transpose(1, 2) for tensor in (query, key, value))).transpose(1, 2)
+            current.append(path)
+            return out
 
         return sdpa
 

@@ -78,6 +78,7 @@ _TABLE = {
     "WanVACETransformer3DModel": "wan.WAN_VACE",
     "WanAnimateTransformer3DModel": "wan.WAN_ANIMATE",
     "HunyuanVideoTransformer3DModel": "hunyuan_video.HUNYUAN_VIDEO",
+    "HunyuanVideo15Transformer3DModel": "hunyuan_video15.HUNYUAN_VIDEO15",
     "SkyReelsV2Transformer3DModel": "skyreels_v2.SKYREELS_V2",
     "LTXVideoTransformer3DModel": "ltx.LTX",
     "LTX2VideoTransformer3DModel": "ltx2.LTX2",
@@ -91,6 +92,11 @@ _TABLE = {
     "HunyuanVideoFramepackTransformer3DModel": "framepack.FRAMEPACK",
     "HeliosTransformer3DModel": "helios.HELIOS",
     "MiniMaxH3Transformer3DModel": "minimax_h3.MINIMAX_H3",
+    "CogVideoXTransformer3DModel": "cogvideox.COGVIDEOX",
+    "ConsisIDTransformer3DModel": "cogvideox.CONSISID",
+    "MochiTransformer3DModel": "mochi.MOCHI",
+    "AllegroTransformer3DModel": "allegro.ALLEGRO",
+    "EasyAnimateTransformer3DModel": "easyanimate.EASYANIMATE",
 }
 
 

@@ -8,7 +8,7 @@ from .latents import channels_first, patched
 
 def controlled(inputs: Inputs, config: Any) -> VideoTokens:
     """Tokens of `controls_latents` `(B, C, F, H, W)` (controlnet_cosmos.py `forward`)."""
-    return patched(inputs["controls_latents"].shape[2:], config.patch_size)
+    return VideoTokens(grid=patched(inputs["controls_latents"].shape[2:], config.patch_size))
 
 
 COSMOS = Family(

@@ -6,6 +6,7 @@ from typing import Any
 import torch
 
 from . import Family, Inputs, VideoTokens
+from .latents import patch_of, patched
 
 
 def video(inputs: Inputs, config: Any) -> VideoTokens:
@@ -13,8 +14,7 @@ def video(inputs: Inputs, config: Any) -> VideoTokens:
 
     As in diffusers, transformer_hunyuan_video.py `forward`.
     """
-    frames, rows, columns = inputs["hidden_states"].shape[2:]
-    grid = (frames // config.patch_size_t, rows // config.patch_size, columns // config.patch_size)
+    grid = patched(inputs["hidden_states"].shape[2:], patch_of(config))
     text = inputs["encoder_attention_mask"].sum(dim=1, dtype=torch.int32)
     return VideoTokens(grid=grid, kv_len=text + math.prod(grid))
 

@@ -4,29 +4,35 @@ import math
 from collections.abc import Sequence
 from typing import Any
 
+from ..layout import Grid
 from . import Inputs, VideoTokens
 
 
-def patched(sizes: Sequence[int], patch: Sequence[int]) -> VideoTokens:
-    """Video tokens alone, after patching; as diffusers does, a rest that fills no patch is left out."""
+def patched(sizes: Sequence[int], patch: Sequence[int]) -> Grid:
+    """Tokens of `(F, H, W)` latents; as diffusers does, a rest that fills no patch is left out."""
     frames, rows, columns = (size // side for size, side in zip(sizes, patch, strict=True))
-    return VideoTokens(grid=(frames, rows, columns))
+    return frames, rows, columns
+
+
+def patch_of(config: Any) -> tuple[int, int, int]:
+    """The patch of a model that gives its height and width as one number, and may have none in time."""
+    return getattr(config, "patch_size_t", None) or 1, config.patch_size, config.patch_size
 
 
 def channels_first(inputs: Inputs, config: Any) -> VideoTokens:
-    """Of `hidden_states` `(B, C, F, H, W)`."""
-    return patched(inputs["hidden_states"].shape[2:], config.patch_size)
+    """All tokens of `hidden_states` `(B, C, F, H, W)`."""
+    return VideoTokens(grid=patched(inputs["hidden_states"].shape[2:], config.patch_size))
 
 
 def channels_last(inputs: Inputs, config: Any) -> VideoTokens:
-    """Of `hidden_states` `(B, F, H, W, C)`."""
-    return patched(inputs["hidden_states"].shape[1:4], config.patch_size)
+    """All tokens of `hidden_states` `(B, F, H, W, C)`."""
+    return VideoTokens(grid=patched(inputs["hidden_states"].shape[1:4], config.patch_size))
 
 
 def frames_first(inputs: Inputs, config: Any) -> VideoTokens:
-    """Of `hidden_states` `(B, F, C, H, W)`."""
+    """All tokens of `hidden_states` `(B, F, C, H, W)`."""
     frames, _, rows, columns = inputs["hidden_states"].shape[1:]
-    return patched((frames, rows, columns), config.patch_size)
+    return VideoTokens(grid=patched((frames, rows, columns), config.patch_size))
 
 
 def history(inputs: Inputs, name: str, patch: Sequence[int], coarseness: int) -> int:
@@ -39,5 +45,5 @@ def history(inputs: Inputs, name: str, patch: Sequence[int], coarseness: int) ->
         return 0
     sizes = latents.shape[2:]
     if coarseness == 1:
-        return math.prod(patched(sizes, patch).grid)
+        return math.prod(patched(sizes, patch))
     return math.prod(-(-size // (side * coarseness)) for size, side in zip(sizes, patch, strict=True))

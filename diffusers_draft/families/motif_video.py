@@ -6,13 +6,12 @@ from typing import Any
 import torch
 
 from . import Family, Inputs, VideoTokens
-from .latents import patched
+from .latents import patch_of, patched
 
 
 def video(inputs: Inputs, config: Any) -> VideoTokens:
     """Tokens of `hidden_states` `(B, C, F, H, W)`, images, valid text (transformer_motif_video.py `forward`)."""
-    patch = (config.patch_size_t, config.patch_size, config.patch_size)
-    grid = patched(inputs["hidden_states"].shape[2:], patch).grid
+    grid = patched(inputs["hidden_states"].shape[2:], patch_of(config))
     mask, images = inputs.get("encoder_attention_mask"), inputs.get("image_embeds")
     if mask is None:
         return VideoTokens(grid=grid)
