@@ -10,6 +10,7 @@ from torch import nn
 from .attach import Attachment, attention_module, check_parallel_config
 from .config import Budget, DraftConfig
 from .families import Family, families, family_of
+from .families.unsupported import reason_against
 from .report import DraftReport, report_on
 from .schedule import Schedule
 from .shadow import DraftProcessor, can_be_patched
@@ -79,8 +80,10 @@ def enable_draft_attention(
         A handle with `report()` and `disable()`.
 
     Raises:
-        TypeError: if `pipe` has no transformer that draft attention knows; the message lists those it knows.
-        ValueError: if an option is out of range, or an attention layer has a processor that is not the stock one.
+        TypeError: if `pipe` has no transformer that draft attention knows; the message lists those it knows, or
+            says why draft attention does not apply.
+        ValueError: if an option is out of range, the model's config makes its attention something else, or an
+            attention layer has a processor that is not the stock one.
         ImportError: if the chosen backend's package is missing.
         NotImplementedError: under ring attention.
         RuntimeError: if called while a forward of the transformer is running.
@@ -158,6 +161,9 @@ def _transformers(pipe: Any) -> dict[str, tuple[nn.Module, Family]]:
         if family and all(module is not other for other, _ in found.values()):
             found[name] = (module, family)
     if not found:
+        for module in modules.values():
+            if reason := reason_against(module):
+                raise TypeError(f"Draft attention does not apply to {type(module).__name__}: {reason}.")
         candidates = [type(module).__name__ for name, module in modules.items() if "transformer" in name]
         raise TypeError(
             f"Draft attention does not know {', '.join(candidates) or type(pipe).__name__}. "

@@ -13,7 +13,7 @@ EDGES = ("__main__", "cli", "demo", "bench")
 
 ALLOWED = {
     "": {"api", "attention", "config"},
-    "api": {"attach", "config", "families", "report", "schedule", "shadow"},
+    "api": {"attach", "config", "families", "families.unsupported", "report", "schedule", "shadow"},
     "attach": {"attention", "config", "families", "schedule", "shadow"},
     "attention": {"block_mask", "config", "draft", "kernels", "layout", "plain", "select"},
     "block_mask": set(),
@@ -28,6 +28,7 @@ ALLOWED = {
     "fused": {"fused.*"},
     "fused.*": {"block_mask", "layout"},
     "families": {"layout"},
+    "families.table": {"families"},
     "families.*": {"families", "families.coordinates", "families.latents", "families.processors.*", "layout"},
     "families.processors": set(),
     "families.processors.*": set(),

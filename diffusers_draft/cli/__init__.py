@@ -12,7 +12,7 @@ from typing import NoReturn
 
 from .. import __version__
 
-SUBCOMMANDS = ("demo", "bench")
+SUBCOMMANDS = ("demo", "bench", "models")
 
 
 class CommandError(Exception):
