@@ -11,7 +11,6 @@ from typing import Any
 
 import diffusers
 import torch
-from packaging.version import Version
 from torch import Tensor, nn
 
 from diffusers_draft.shadow import DraftProcessor
@@ -88,7 +87,7 @@ def family(
     builder: Callable[..., Any] = build,
     **options: Any,
 ) -> dict[str, Tiny]:
-    """One entry of a table, or none where the installed diffusers is older than what draft attention needs.
+    """One entry of a table, or none where the installed diffusers is older than the class.
 
     Args:
         cls: name of the transformer class in diffusers.
@@ -99,7 +98,7 @@ def family(
         builder: makes the model from class and config.
         **options: other attributes of `Tiny`; if no dense layers are among them, the first one stays dense.
     """
-    if not hasattr(diffusers, cls) or (cls.startswith("Cosmos") and Version(diffusers.__version__) < Version("0.37")):
+    if not hasattr(diffusers, cls):
         return {}
     paths = tuple(pattern.replace("*", str(index)) for pattern, count in layers.items() for index in range(count))
     make = functools.partial(builder, getattr(diffusers, cls), config)
