@@ -67,6 +67,15 @@ def test_padded_text_does_not_influence_anything(name: str) -> None:
     assert error(forward(model, inputs | {"encoder_hidden_states": changed}), expected) > 1e-4
 
 
+def test_dense_forwards_of_mochi_are_stock() -> None:
+    """Its loop over the samples needs no mask, and so dense attention may be the fastest there is."""
+    tiny = TINY["MochiTransformer3DModel"]
+    model, inputs = tiny.build(), tiny.inputs(2)
+    stock = forward(model, inputs)
+    enable_draft_attention(model, dense_timestep=0, dense_layers=())
+    assert torch.equal(forward(model, inputs), stock)
+
+
 def test_hunyuan_video15_makes_no_mask_over_pairs(monkeypatch: pytest.MonkeyPatch) -> None:
     tiny = TINY["HunyuanVideo15Transformer3DModel"]
     model, inputs = tiny.build(), tiny.inputs()

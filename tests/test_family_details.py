@@ -101,6 +101,18 @@ def test_ltx2_with_a_mask_over_pairs_runs_dense_and_is_counted() -> None:
     assert handle.report().transformers[0].dense_calls["mask"] == 2
 
 
+def test_allegro_with_a_mask_over_its_video_runs_dense_and_is_counted() -> None:
+    tiny = TINY["AllegroTransformer3DModel"]
+    model, inputs = tiny.build(), tiny.inputs(2)
+    unmasked = forward(model, inputs)
+    inputs["attention_mask"] = (torch.arange(2 * 17) < 20).expand(2, 3, 2 * 13, 2 * 17).long()
+    stock = forward(model, inputs)
+    assert error(stock, unmasked) > 1e-4
+    handle = enable_draft_attention(model)
+    assert torch.equal(forward(model, inputs), stock)
+    assert handle.report().transformers[0].dense_calls["mask"] == 2
+
+
 def test_cosmos_control_network_is_a_component_of_its_own() -> None:
     if "CosmosControlNetModel" not in TINY:
         pytest.skip("this diffusers has no CosmosControlNetModel")
@@ -169,6 +181,32 @@ def test_a_quarter_of_the_steps_is_dense_by_default(scheduler: Any, options: dic
     handle = enable_draft_attention(pipe, **options)
     run(pipe, tiny.inputs(grid=(1, 8, 16)), 8)
     assert handle.report().transformers[0].steps == {"dense": dense, "sparse": 8 - dense}
+
+
+@pytest.mark.parametrize(
+    ("name", "scheduler"),
+    [
+        ("CosmosTransformer3DModel", "EDMEulerScheduler"),
+        ("CosmosTransformer3DModel", "UniPCMultistepScheduler"),
+        ("AnyFlowTransformer3DModel", "FlowMapEulerDiscreteScheduler"),
+        ("MiniMaxH3Transformer3DModel", "MiniMaxH3Scheduler"),
+    ],
+)
+def test_schedulers_of_single_families(name: str, scheduler: str) -> None:
+    """Their models get other timesteps than these schedulers count, or they count upwards."""
+    if name not in TINY:
+        pytest.skip("this diffusers has no such family")
+    tiny = TINY[name]
+    pipe = Loop(getattr(diffusers, scheduler)(), transformer=tiny.build())
+    handle = enable_draft_attention(pipe)
+    pipe.scheduler.set_timesteps(8)
+    timesteps = pipe.scheduler.timesteps.tolist()
+    for step, timestep in enumerate(timesteps):
+        pipe.scheduler._step_index = step or None  # what its `step` would do
+        for _ in ("cond", "uncond"):
+            forward(pipe.components["transformer"], tiny.inputs(grid=(1, 8, 16), timestep=timestep))
+    dense = 2 * round(len(timesteps) / 4)
+    assert handle.report().transformers[0].forwards == {"dense": dense, "sparse": 2 * len(timesteps) - dense}
 
 
 def test_a_transformer_alone_has_no_dense_steps_by_default() -> None:

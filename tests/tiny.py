@@ -39,8 +39,15 @@ def build(cls: type[nn.Module], config: dict[str, Any], seed: int = 0) -> Any:
                 parameter.data.fill_(3.0)
             elif name.endswith(("to_v.weight", "add_v_proj.weight", "scale_shift_table")):
                 parameter.data.mul_(4.0)
-            elif not parameter.any():  # gates and modulations that begin at zero would hide the attention
-                parameter.data.normal_(std=0.1)
+    return model
+
+
+def build_open(cls: type[nn.Module], config: dict[str, Any]) -> Any:
+    """As `build`, and what begins at zero does not: gates and modulations would hide the attention."""
+    model = build(cls, config)
+    for seed, parameter in enumerate(model.parameters()):
+        if not parameter.any():
+            parameter.data.copy_(0.1 * random(*parameter.shape, seed=seed))
     return model
 
 
@@ -84,7 +91,7 @@ def family(
     inputs: Callable[..., Inputs],
     layers: dict[str, int],
     case: str = "",
-    builder: Callable[..., Any] = build,
+    builder: Callable[..., Any] = build_open,
     **options: Any,
 ) -> dict[str, Tiny]:
     """One entry of a table, or none where the installed diffusers is older than the class.

@@ -7,7 +7,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import torch
-from tiny import RAGGED, Grid, Inputs, build, family, latents, random
+from tiny import RAGGED, Grid, Inputs, build_open, family, latents, random
 from torch import Tensor, nn
 
 _HEADS = dict(num_attention_heads=2, attention_head_dim=16, num_layers=3)
@@ -154,7 +154,7 @@ def without_torchvision(cls: type[nn.Module], config: dict[str, Any]) -> Any:
         module.transforms = SimpleNamespace(
             functional=SimpleNamespace(resize=resize), InterpolationMode=SimpleNamespace(NEAREST=None)
         )
-    return build(cls, config)
+    return build_open(cls, config)
 
 
 _LTX = _HEADS | dict(in_channels=4, out_channels=4, cross_attention_dim=32, caption_channels=8)
