@@ -107,6 +107,7 @@ class Attachment:
         if self._hook is not None:
             self._hook.remove()
             self._hook = None
+        self.state.sparse = False  # whoever keeps one of our processors and puts it back gets dense attention
         if transformer is not None:
             for path, processor in self.processors.items():
                 module = attention_module(transformer, path)
@@ -134,8 +135,8 @@ class Attachment:
         self.state.sparse = not dense
         if not dense:
             self.last_sparse = video.grid
+            self._look_for_replaced(module)
         self._count(dense)
-        self._look_for_replaced(module)
 
     def _count(self, dense: bool) -> None:
         """Counts one forward and, when the scheduler has moved on, one step."""

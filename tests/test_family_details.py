@@ -151,6 +151,19 @@ def test_projections_fused_while_enabled_are_noticed() -> None:
         forward(model, inputs)
 
 
+def test_projections_unfused_after_disabling_are_dense() -> None:
+    """Unfusing puts our processors back, which diffusers had kept."""
+    tiny = TINY[COGVIDEOX]
+    model, inputs = tiny.build(), tiny.inputs()
+    stock = forward(model, inputs)
+    handle = enable_draft_attention(model, sparsity=0.8)
+    assert not torch.equal(forward(model, inputs), stock)
+    model.fuse_qkv_projections()
+    handle.disable()
+    model.unfuse_qkv_projections()
+    assert torch.equal(forward(model, inputs), stock)
+
+
 def test_projections_fused_before_are_sparse() -> None:
     tiny = TINY[COGVIDEOX]
     model, fused, inputs = tiny.build(), tiny.build(), tiny.inputs(2)
