@@ -5,6 +5,7 @@ from collections.abc import Iterable
 from types import FrameType
 from typing import Any
 
+import diffusers
 from torch import nn
 
 from .attach import Attachment, attention_module, check_parallel_config
@@ -203,6 +204,11 @@ def _layers(transformer: nn.Module, family: Family, config: DraftConfig) -> tupl
                 f"Layer {path} of {type(transformer).__name__} has the processor {type(processor).__name__}, but "
                 f"draft attention needs diffusers' own {' or '.join(family.processors)}. Undo what replaced it first."
             )
+        if not can_be_patched(processor, family):
+            raise ValueError(
+                f"The code of {type(processor).__name__} in diffusers {diffusers.__version__} ends in no attention "
+                "call that draft attention knows. Use a version of diffusers that it was tested with."
+            )
         check_parallel_config(getattr(processor, "_parallel_config", None))
         if path not in dense:
             sparse[path] = processor
@@ -211,11 +217,7 @@ def _layers(transformer: nn.Module, family: Family, config: DraftConfig) -> tupl
 
 def _is_stock(processor: Any, family: Family) -> bool:
     stock = type(processor)
-    return (
-        stock.__module__.startswith("diffusers.")
-        and stock.__name__ in family.processors
-        and can_be_patched(processor, family)
-    )
+    return stock.__module__.startswith("diffusers.") and stock.__name__ in family.processors
 
 
 def _expand(transformer: nn.Module, pattern: str) -> list[str]:

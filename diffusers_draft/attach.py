@@ -78,9 +78,8 @@ class Attachment:
         self._last_step: tuple[int, int] | None = None
         self._parameters = tuple(inspect.signature(type(transformer).forward).parameters)[1:]
         dispatch = functools.partial(_dispatch, self.state, config)
-        patched: dict[type, Any] = {
-            stock: patched_class(stock, self.state, family, dispatch) for stock in map(type, originals.values())
-        }
+        classes = dict.fromkeys(type(original) for original in originals.values())
+        patched: dict[type, Any] = {stock: patched_class(stock, self.state, family, dispatch) for stock in classes}
         self._shadows = [module for cls in patched.values() for module in cls.shadows]
         self.processors = {path: patched[type(original)].wrapping(original) for path, original in originals.items()}
         self._hook: Any = None

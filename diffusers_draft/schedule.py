@@ -81,7 +81,7 @@ class Schedule:
     def _first_sparse_step(self, first: int) -> int:
         if self._dense_steps is not None:
             return first + round(self._dense_steps * (len(self._values) - first))
-        if self._values[0] < self._values[-1]:
+        if self._values[0] < self._values[-1] and self._dense_timestep < float("inf"):
             raise ValueError(
                 f"dense_timestep={self._dense_timestep} means the steps above it, the first ones where timesteps "
                 f"fall; in this run they rise from {self._values[0]:g} to {self._values[-1]:g}. Use dense_steps."

@@ -166,6 +166,18 @@ def test_pipeline_without_transformer() -> None:
         enable_draft_attention(models.Loop(None, vae=models.wan_vae(), transformer=None))
 
 
+def test_stock_processor_that_ends_in_another_call(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = models.wan()
+
+    def call_of_tomorrow(self: Any, attn: Any, hidden_states: Tensor) -> Tensor:
+        return hidden_states
+
+    monkeypatch.setattr(type(model.blocks[0].attn1.processor), "__call__", call_of_tomorrow)
+    with pytest.raises(ValueError, match=r"WanAttnProcessor in diffusers .* ends in no attention call"):
+        enable_draft_attention(model)
+    assert not patched(model)
+
+
 class MyProcessor:
     def __call__(self, attn: nn.Module, hidden_states: Tensor, *_: Any, **__: Any) -> Tensor:
         return hidden_states

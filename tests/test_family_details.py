@@ -1,6 +1,7 @@
 """What is special to a family: grids from coordinates, refusals, fused projections, defaults of the schedule."""
 
 import gc
+import math
 import warnings
 import weakref
 from typing import Any
@@ -235,7 +236,10 @@ def test_a_transformer_alone_has_no_dense_steps_by_default() -> None:
     assert handle.report().transformers[0].forwards == {"dense": 1, "sparse": 1}
 
 
-@pytest.mark.parametrize(("options", "dense"), [({}, 2), (dict(dense_steps=0.5), 4), (dict(dense_steps=0), 0)])
+@pytest.mark.parametrize(
+    ("options", "dense"),
+    [({}, 2), (dict(dense_steps=0.5), 4), (dict(dense_steps=0), 0), (dict(dense_timestep=math.inf), 0)],
+)
 def test_rising_timesteps(options: dict[str, float], dense: int) -> None:
     """As Mochi's."""
     tiny = TINY["MochiTransformer3DModel"]

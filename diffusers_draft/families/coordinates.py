@@ -2,6 +2,7 @@
 
 import itertools
 import math
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -13,7 +14,7 @@ _found: WeakTensorKeyDictionary = WeakTensorKeyDictionary()
 """What was read already: reading waits for the GPU, and most pipelines keep their coordinates for a whole run."""
 
 
-def from_arguments(inputs: Inputs) -> VideoTokens:
+def from_arguments(inputs: Inputs, config: Any) -> VideoTokens:
     """The grid that the arguments of the forward give, where they give one, or else its coordinates.
 
     Tokens that do not belong to the grid of the arguments lie behind it.

@@ -1,22 +1,14 @@
 """LTX-Video: packed latents, tokens of conditions in front of the video."""
 
-from typing import Any
-
-from . import Family, Inputs, VideoTokens
+from . import Family
 from .coordinates import from_arguments
-
-
-def video(inputs: Inputs, config: Any) -> VideoTokens:
-    """From the arguments, or from the coordinates (transformer_ltx.py, `LTXVideoRotaryPosEmbed`)."""
-    return from_arguments(inputs)
-
 
 LTX = Family(
     name="LTX-Video",
     pipelines=("LTXPipeline", "LTXImageToVideoPipeline", "LTXConditionPipeline", "LTXI2VLongMultiPromptPipeline"),
     layers=("transformer_blocks.*.attn1",),
     processors=("LTXVideoAttnProcessor",),
-    video=video,
+    video=from_arguments,
     dense_layers=("transformer_blocks.0.attn1",),
     dense_steps=0.25,
     text="cross-attention; tokens of conditions in front",

@@ -1,15 +1,7 @@
 """LTX-2: packed latents, keyframe and reference tokens behind the video, an audio stream of its own."""
 
-from typing import Any
-
-from . import Family, Inputs, VideoTokens
+from . import Family
 from .coordinates import from_arguments
-
-
-def video(inputs: Inputs, config: Any) -> VideoTokens:
-    """From the arguments, or from the coordinates (transformer_ltx2.py `forward`)."""
-    return from_arguments(inputs)
-
 
 LTX2 = Family(
     name="LTX-2",
@@ -24,7 +16,7 @@ LTX2 = Family(
     ),
     layers=("transformer_blocks.*.attn1",),
     processors=("LTX2AudioVideoAttnProcessor", "LTX2PerturbedAttnProcessor"),
-    video=video,
+    video=from_arguments,
     dense_layers=("transformer_blocks.0.attn1",),
     dense_steps=0.25,
     text="cross-attention; keyframe and reference tokens behind, audio apart",
