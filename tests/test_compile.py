@@ -166,7 +166,7 @@ ROUTED = [
     "LTXVideoTransformer3DModel",
     "CogVideoXTransformer3DModel",  # its processor calls F.scaled_dot_product_attention
     "HunyuanVideo15Transformer3DModel",  # its processor is written out
-    "HunyuanVideoFramepackTransformer3DModel",  # history in front
+    "HeliosTransformer3DModel",  # history in front
     "MotifVideoTransformer3DModel",  # two forms of sequence
 ]
 
