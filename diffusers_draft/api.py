@@ -5,13 +5,16 @@ from collections.abc import Iterable
 from types import FrameType
 from typing import Any
 
+import diffusers
 from torch import nn
 
-from .attach import Attachment, DraftProcessor, attention_module, check_parallel_config
+from .attach import Attachment, attention_module, check_parallel_config
 from .config import Budget, DraftConfig
 from .families import Family, families, family_of
+from .families.unsupported import reason_against
 from .report import DraftReport, report_on
 from .schedule import Schedule
+from .shadow import DraftProcessor, can_be_patched
 
 
 class DraftHandle:
@@ -78,8 +81,10 @@ def enable_draft_attention(
         A handle with `report()` and `disable()`.
 
     Raises:
-        TypeError: if `pipe` has no transformer that draft attention knows; the message lists those it knows.
-        ValueError: if an option is out of range, or an attention layer has a processor that is not the stock one.
+        TypeError: if `pipe` has no transformer that draft attention knows; the message lists those it knows, or
+            says why draft attention does not apply.
+        ValueError: if an option is out of range, the model's config makes its attention something else, or an
+            attention layer has a processor that is not the stock one.
         ImportError: if the chosen backend's package is missing.
         NotImplementedError: under ring attention.
         RuntimeError: if called while a forward of the transformer is running.
@@ -102,9 +107,9 @@ def enable_draft_attention(
     attachments = {}
     for name, (transformer, family) in found.items():
         _check_not_running(transformer)
+        family.check(transformer.config)
         if family.name not in schedules:
-            limit = family.dense_timestep if config.dense_timestep is None else config.dense_timestep
-            schedules[family.name] = Schedule(pipe, config.dense_steps, limit)
+            schedules[family.name] = _schedule(pipe, family, config)
         sparse, dense = _layers(transformer, family, config)
         attachments[name] = Attachment(transformer, family, config, schedules[family.name], sparse, dense)
 
@@ -157,12 +162,25 @@ def _transformers(pipe: Any) -> dict[str, tuple[nn.Module, Family]]:
         if family and all(module is not other for other, _ in found.values()):
             found[name] = (module, family)
     if not found:
+        for module in modules.values():
+            if reason := reason_against(module):
+                raise TypeError(f"Draft attention does not apply to {type(module).__name__}: {reason}.")
         candidates = [type(module).__name__ for name, module in modules.items() if "transformer" in name]
         raise TypeError(
             f"Draft attention does not know {', '.join(candidates) or type(pipe).__name__}. "
             f"It knows {', '.join(families())}."
         )
     return found
+
+
+def _schedule(pipe: Any, family: Family, config: DraftConfig) -> Schedule:
+    """The schedule that was asked for, or else the family's."""
+    if config.dense_steps is not None or config.dense_timestep is not None:
+        share, limit = config.dense_steps, config.dense_timestep
+    else:
+        share, limit = family.dense_steps if hasattr(pipe, "scheduler") else None, None
+    limit = family.dense_timestep if limit is None else limit
+    return Schedule(pipe, share, limit, scheduler_units=family.scheduler_units)
 
 
 def _layers(transformer: nn.Module, family: Family, config: DraftConfig) -> tuple[dict[str, Any], tuple[str, ...]]:
@@ -184,7 +202,12 @@ def _layers(transformer: nn.Module, family: Family, config: DraftConfig) -> tupl
         if isinstance(processor, DraftProcessor) or not _is_stock(processor, family):
             raise ValueError(
                 f"Layer {path} of {type(transformer).__name__} has the processor {type(processor).__name__}, but "
-                f"draft attention needs diffusers' own {family.processor}. Undo what replaced it first."
+                f"draft attention needs diffusers' own {' or '.join(family.processors)}. Undo what replaced it first."
+            )
+        if not can_be_patched(processor, family):
+            raise ValueError(
+                f"The code of {type(processor).__name__} in diffusers {diffusers.__version__} ends in no attention "
+                "call that draft attention knows. Use a version of diffusers that it was tested with."
             )
         check_parallel_config(getattr(processor, "_parallel_config", None))
         if path not in dense:
@@ -194,11 +217,7 @@ def _layers(transformer: nn.Module, family: Family, config: DraftConfig) -> tupl
 
 def _is_stock(processor: Any, family: Family) -> bool:
     stock = type(processor)
-    return (
-        stock.__module__.startswith("diffusers.")
-        and stock.__name__ == family.processor
-        and "dispatch_attention_fn" in stock.__call__.__code__.co_names
-    )
+    return stock.__module__.startswith("diffusers.") and stock.__name__ in family.processors
 
 
 def _expand(transformer: nn.Module, pattern: str) -> list[str]:

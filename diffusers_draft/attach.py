@@ -1,15 +1,10 @@
-"""How a stock attention processor gets our attention call, and how a forward learns its grid.
-
-Every modern diffusers processor ends in one call of the module global `dispatch_attention_fn`. A subclass runs
-upstream's own `__call__` code with that one name bound to ours, so that nothing upstream does is copied here.
-"""
+"""Puts draft attention into a transformer: how its layers get our attention, and how a forward learns its grid."""
 
 import contextlib
 import functools
 import inspect
-import itertools
 import sys
-import types
+import warnings
 import weakref
 from collections.abc import Callable
 from typing import Any
@@ -21,8 +16,7 @@ from .attention import attend, check_backend, needs_grad
 from .config import DraftConfig
 from .families import Family
 from .schedule import Schedule
-
-_numbers = itertools.count()
+from .shadow import patched_class
 
 
 def attention_module(transformer: nn.Module, path: str) -> Any:
@@ -55,7 +49,8 @@ class Attachment:
         steps: denoising steps so far, dense and sparse.
         forwards: forwards so far, likewise.
         masked_calls: calls that ran dense because of a mask.
-        last_sparse: grid and valid key lengths of the last sparse forward.
+        replaced_calls: calls of layers whose processor was replaced after draft attention was enabled.
+        last_sparse: grid of the last sparse forward.
     """
 
     def __init__(
@@ -78,13 +73,14 @@ class Attachment:
         self.steps = {"dense": 0, "sparse": 0}
         self.forwards = {"dense": 0, "sparse": 0}
         self.masked_calls = 0
-        self.last_sparse: tuple[tuple[int, int, int], Tensor | None] | None = None
+        self.replaced_calls = 0
+        self.last_sparse: tuple[int, int, int] | None = None
         self._last_step: tuple[int, int] | None = None
         self._parameters = tuple(inspect.signature(type(transformer).forward).parameters)[1:]
-        self._number = next(_numbers)
-        self._shadows: dict[str, types.ModuleType] = {}
-        classes = {type(original) for original in originals.values()}
-        patched: dict[type, Any] = {stock: self._patched_class(stock) for stock in classes}
+        dispatch = functools.partial(_dispatch, self.state, config)
+        classes = dict.fromkeys(type(original) for original in originals.values())
+        patched: dict[type, Any] = {stock: patched_class(stock, self.state, family, dispatch) for stock in classes}
+        self._shadows = [module for cls in patched.values() for module in cls.shadows]
         self.processors = {path: patched[type(original)].wrapping(original) for path, original in originals.items()}
         self._hook: Any = None
         self._forget: weakref.finalize | None = None
@@ -94,8 +90,8 @@ class Attachment:
         transformer = self.transformer()
         assert transformer is not None, "the transformer is held by the caller"
         # In `sys.modules` because `torch.compile` looks up a function's globals by module name.
-        sys.modules.update(self._shadows)
-        self._forget = weakref.finalize(transformer, _drop_modules, tuple(self._shadows))
+        sys.modules.update({module.__name__: module for module in self._shadows})
+        self._forget = weakref.finalize(transformer, _drop_modules, [module.__name__ for module in self._shadows])
         try:
             for path, processor in self.processors.items():
                 attention_module(transformer, path).processor = processor
@@ -110,6 +106,7 @@ class Attachment:
         if self._hook is not None:
             self._hook.remove()
             self._hook = None
+        self.state.sparse = False  # whoever keeps one of our processors and puts it back gets dense attention
         if transformer is not None:
             for path, processor in self.processors.items():
                 module = attention_module(transformer, path)
@@ -127,16 +124,17 @@ class Attachment:
     def __call__(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """The forward pre-hook: learns the grid and the lengths, decides dense or sparse, and counts."""
         inputs = dict(zip(self._parameters, args, strict=False)) | kwargs
-        frames, rows, columns = self.family.grid(inputs, module.config)
-        self.state.geometry = torch.tensor([frames, rows, columns, self.family.prefix])
-        self.state.kv_len = self.family.kv_len(inputs, frames * rows * columns)
+        video = self.family.video(inputs, module.config)
+        self.state.geometry = torch.tensor([*video.grid, video.prefix])
+        self.state.kv_len = video.kv_len
         if torch.is_grad_enabled() and getattr(module, "gradient_checkpointing", False):
             self.state.forwards_to_recompute = 1 if self.state.recomputed else self.state.forwards_to_recompute + 1
             self.state.recomputed = False
         dense = self.schedule.is_dense(inputs["timestep"])
         self.state.sparse = not dense
         if not dense:
-            self.last_sparse = ((frames, rows, columns), self.state.kv_len)
+            self.last_sparse = video.grid
+            self._look_for_replaced(module)
         self._count(dense)
 
     def _count(self, dense: bool) -> None:
@@ -150,64 +148,27 @@ class Attachment:
             self.masked_calls += processor.masked
             processor.masked = False
 
+    def _look_for_replaced(self, transformer: nn.Module) -> None:
+        """Notices layers whose processor somebody has replaced since: they run dense unless they are patched again."""
+        replaced = [
+            path for path, ours in self.processors.items() if attention_module(transformer, path).processor is not ours
+        ]
+        if replaced and not self.replaced_calls:
+            found = type(attention_module(transformer, replaced[0]).processor).__name__
+            warnings.warn(
+                f"{len(replaced)} attention layers of {type(transformer).__name__} lost draft attention: something "
+                f"put {found} in its place. They run without it. Undo that, or enable draft attention again.",
+                stacklevel=2,
+            )
+        self.replaced_calls += len(replaced)
+
     def __reduce__(self) -> Any:
         # A copy or a pickle of a patched transformer is a stock transformer, with a hook from the standard library
         # that takes three arguments and does nothing.
         return (getattr, (contextlib.nullcontext(), "__exit__"))
 
-    def _patched_class(self, stock: type) -> type:
-        """Subclasses a stock processor; its `__call__` is upstream's code with our dispatch."""
-        upstream = stock.__call__
-        dispatch = _dispatch(self.state, self.config, upstream.__globals__["dispatch_attention_fn"])
-        shadow = _shadow_module(f"{__name__}.{stock.__name__}_{self._number}", upstream.__globals__, dispatch)
-        self._shadows[shadow.__name__] = shadow
-        call = types.FunctionType(
-            upstream.__code__, shadow.__dict__, upstream.__name__, upstream.__defaults__, upstream.__closure__
-        )
-        call.__kwdefaults__ = upstream.__kwdefaults__
-        state = self.state
 
-        @functools.wraps(upstream)
-        def __call__(processor: Any, *args: Any, **kwargs: Any) -> Any:
-            state.processor = processor
-            return call(processor, *args, **kwargs)
-
-        return type(f"Draft{stock.__name__}", (DraftProcessor, stock), {"__call__": __call__, "_stock": stock})
-
-
-class DraftProcessor:
-    """Mixed into a stock processor class."""
-
-    _stock: type
-    masked: bool
-    kv_num_blocks: Tensor | None
-
-    @classmethod
-    def wrapping(cls, original: Any) -> Any:
-        processor = cls.__new__(cls)
-        processor.__dict__.update(original.__dict__, masked=False, kv_num_blocks=None)
-        return processor
-
-    def unwrapped(self, original: Any) -> Any:
-        """The original, with what was set on us meanwhile, such as an attention backend."""
-        original.__dict__.update({k: v for k, v in self.__dict__.items() if k not in ("masked", "kv_num_blocks")})
-        return original
-
-    def __reduce__(self) -> Any:
-        attributes = {k: v for k, v in self.__dict__.items() if k not in ("masked", "kv_num_blocks")}
-        return (object.__new__, (self._stock,), attributes)
-
-
-def _shadow_module(name: str, upstream: dict[str, Any], dispatch: Callable[..., Tensor]) -> types.ModuleType:
-    """Upstream's globals in a module of our own, where `dispatch_attention_fn` is ours."""
-    shadow = types.ModuleType(name)
-    own = ("__name__", "__spec__", "__loader__", "__file__")
-    shadow.__dict__.update({key: value for key, value in upstream.items() if key not in own})
-    shadow.__dict__["dispatch_attention_fn"] = dispatch
-    return shadow
-
-
-def _drop_modules(names: tuple[str, ...]) -> None:
+def _drop_modules(names: list[str]) -> None:
     for name in names:
         sys.modules.pop(name, None)
 
@@ -229,7 +190,7 @@ def _dispatch(state: State, config: DraftConfig, stock: Callable[..., Tensor]) -
         backend: Any = None,
         parallel_config: Any = None,
     ) -> Tensor:
-        # A mask over keys alone is the padding that `kv_len` already leaves out.
+        # A mask over keys alone is the padding that `kv_len` leaves out; layers without one see no padding.
         masked = attn_mask is not None and (state.kv_len is None or attn_mask.shape[-2] > 1)
         if masked:
             state.processor.masked = state.sparse
@@ -255,9 +216,10 @@ def _dispatch(state: State, config: DraftConfig, stock: Callable[..., Tensor]) -
                 f"dropout_p={dropout_p}, is_causal={is_causal}, enable_gqa={enable_gqa}, {attention_kwargs=}."
             )
         check_parallel_config(parallel_config)
-        kv_len = None if state.kv_len is None else state.kv_len.to(query.device)
+        kv_len = None if attn_mask is None or state.kv_len is None else state.kv_len.to(query.device)
         state.kind = (query.dtype, query.shape[-1], needs_grad(query, key, value))
         out, state.processor.kv_num_blocks = attend(query, key, value, state.geometry, kv_len, config, scale)
+        state.processor.kv_len = kv_len
         return out
 
     return dispatch_attention_fn

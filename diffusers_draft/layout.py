@@ -56,7 +56,7 @@ def walk(grid: Grid, strip_height: int) -> Tensor:
     return (both_ways[torch.arange(frames) % 2] + first_token[:, None]).flatten()
 
 
-@functools.lru_cache(maxsize=32)
+@functools.lru_cache(maxsize=8)  # grids change during a run; those of old ones are let go
 def token_layout(grid: Grid, prefix: int, seq_len: int, tile: tuple[int, int], device: torch.device) -> TokenLayout:
     """Builds, once for each set of arguments, the order for `seq_len` tokens of which `grid` start at `prefix`.
 

@@ -29,8 +29,8 @@ class TransformerReport:
         dense_layers: module paths of the layers left dense.
         steps: denoising steps so far that were `"dense"` and `"sparse"`.
         forwards: transformer forwards so far, likewise (more than steps with classifier-free guidance).
-        dense_calls: attention calls that ran dense, by reason: `"step"`, `"layer"` and `"mask"` (the model passed a
-            mask that draft attention cannot honour).
+        dense_calls: attention calls that ran dense, by reason: `"step"`, `"layer"`, `"mask"` (the model passed a
+            mask that draft attention cannot honour) and `"replacement"` (something replaced our processor).
     """
 
     component: str
@@ -88,15 +88,14 @@ def report_on(component: str, attachment: Attachment) -> TransformerReport:
     """Reads the counters; waits for the device to fetch the densities."""
     state, config = attachment.state, attachment.config
     frames, rows, columns, _ = state.geometry.tolist()
-    sparse_grid, kv_len = attachment.last_sparse or ((0, 0, 0), None)
     block = config.tile[0] * config.tile[1]
-    counts = {path: processor.kv_num_blocks for path, processor in attachment.processors.items()}
-    measured = next((count for count in counts.values() if count is not None), None)
+    counts = (processor.kv_num_blocks for processor in attachment.processors.values())
+    measured = next((count for count in counts if count is not None), None)
     choice = blocks = None
     if measured is not None and state.kind is not None:
         dtype, head_dim, needs_grad = state.kind
         choice = kernels.choose(config.backend, measured.device, dtype, head_dim, block, needs_grad)
-        blocks = (measured.shape[-1], math.prod(sparse_grid) // block)
+        blocks = (measured.shape[-1], math.prod(attachment.last_sparse or (0,)) // block)
     forwards = attachment.forwards
     return TransformerReport(
         component=component,
@@ -107,7 +106,7 @@ def report_on(component: str, attachment: Attachment) -> TransformerReport:
         backend_reason=choice.reason if choice else None,
         grid=(frames, rows, columns) if frames else None,
         blocks=blocks,
-        densities={path: _density(count, kv_len, block) for path, count in counts.items()},
+        densities={path: _density(p.kv_num_blocks, p.kv_len, block) for path, p in attachment.processors.items()},
         dense_layers=attachment.dense_layers,
         steps=dict(attachment.steps),
         forwards=dict(forwards),
@@ -115,6 +114,7 @@ def report_on(component: str, attachment: Attachment) -> TransformerReport:
             "step": forwards["dense"] * len(attachment.processors),
             "layer": sum(forwards.values()) * len(attachment.dense_layers),
             "mask": attachment.masked_calls + sum(p.masked for p in attachment.processors.values()),
+            "replacement": attachment.replaced_calls,
         },
     )
 
@@ -123,7 +123,7 @@ def _density(counts: torch.Tensor | None, kv_len: torch.Tensor | None, block: in
     if counts is None:
         return None
     batch, _, num_blocks = counts.shape
-    if kv_len is None or len(kv_len) != batch:
+    if kv_len is None:
         valid = counts.new_full((batch,), num_blocks)
     else:
         valid = (kv_len.to(counts.device) + block - 1) // block

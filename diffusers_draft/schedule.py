@@ -15,10 +15,13 @@ class Schedule:
         now: run and step of the latest forward; None where no scheduler tells them.
     """
 
-    def __init__(self, pipe: Any, dense_steps: float | None, dense_timestep: float) -> None:
+    def __init__(
+        self, pipe: Any, dense_steps: float | None, dense_timestep: float, *, scheduler_units: bool = True
+    ) -> None:
         self._pipe = weakref.ref(pipe) if hasattr(pipe, "scheduler") else None
         self._dense_steps = dense_steps
         self._dense_timestep = dense_timestep
+        self._scheduler_units = scheduler_units
         self._timesteps: Tensor | None = None
         self._values: list[float] = []
         self._dense_until = 0
@@ -64,7 +67,7 @@ class Schedule:
         if scheduler.begin_index is not None:
             return scheduler.begin_index
         # Video-to-video runs start in the middle, and not every pipeline tells the scheduler so.
-        return 0 if never else self._nearest(timestep)
+        return 0 if never or not self._scheduler_units else self._nearest(timestep)
 
     def _scheduler(self) -> Any | None:
         pipe = None if self._pipe is None else self._pipe()
@@ -78,5 +81,10 @@ class Schedule:
     def _first_sparse_step(self, first: int) -> int:
         if self._dense_steps is not None:
             return first + round(self._dense_steps * (len(self._values) - first))
+        if self._values[0] < self._values[-1] and self._dense_timestep < float("inf"):
+            raise ValueError(
+                f"dense_timestep={self._dense_timestep} means the steps above it, the first ones where timesteps "
+                f"fall; in this run they rise from {self._values[0]:g} to {self._values[-1]:g}. Use dense_steps."
+            )
         below = (step for step, value in enumerate(self._values) if value <= self._dense_timestep)
         return next(below, len(self._values))

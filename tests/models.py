@@ -1,11 +1,11 @@
 """Tiny models and pipelines from diffusers' own classes, with random weights, and random inputs for them."""
 
-import contextlib
-import sys
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from collections.abc import Callable
 from typing import Any
 
+import tiny_cross
+import tiny_joint
+import tiny_older
 import torch
 from diffusers import (
     AutoencoderKLHunyuanVideo,
@@ -19,17 +19,26 @@ from diffusers import (
     WanTransformer3DModel,
     WanVACETransformer3DModel,
 )
-from torch import Tensor, nn
-
-from diffusers_draft import attach
-
-Grid = tuple[int, int, int]
-Inputs = dict[str, Any]
-
-RAGGED: Grid = (3, 13, 17)
-"""Five full blocks and a rest, no multiple of the tile in any direction."""
-TEXT_SLOTS = 12
-FLOAT32_ERROR = 2e-6
+from tiny import (
+    FLOAT32_ERROR as FLOAT32_ERROR,
+)
+from tiny import (
+    RAGGED,
+    TEXT_SLOTS,
+    Grid,
+    Inputs,
+    Tiny,
+    build,
+    latents,
+    random,
+)
+from tiny import Loop as Loop
+from tiny import attention_replaced as attention_replaced
+from tiny import error as error
+from tiny import forward as forward
+from tiny import patched as patched
+from tiny import processors as processors
+from torch import Tensor
 
 _WAN = dict(
     patch_size=(1, 2, 2),
@@ -57,33 +66,6 @@ _HUNYUAN_VIDEO = dict(
     pooled_projection_dim=8,
     rope_axes_dim=(4, 6, 6),
 )
-
-
-def error(found: Tensor, expected: Tensor) -> float:
-    """Relative error by norm."""
-    return ((found.double() - expected.double()).norm() / expected.double().norm()).item()
-
-
-def build(cls: type[nn.Module], config: dict[str, Any], seed: int = 0) -> Any:
-    """Makes a model of random weights whose attention is peaked enough for a skipped block to show."""
-    with torch.random.fork_rng():
-        torch.manual_seed(seed)
-        model = cls(**config).eval()
-        for name, parameter in model.named_parameters():
-            if name.endswith("norm_q.weight"):
-                parameter.data.fill_(3.0)
-            elif name.endswith(("to_v.weight", "add_v_proj.weight", "scale_shift_table")):
-                parameter.data.mul_(4.0)
-    return model
-
-
-def random(*shape: int, seed: int = 0) -> Tensor:
-    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed + sum(shape)))
-
-
-def latents(channels: int, batch: int, grid: Grid) -> Tensor:
-    frames, rows, columns = grid
-    return random(batch, channels, frames, 2 * rows, 2 * columns)
 
 
 def wan(*, num_layers: int = 3, seed: int = 0) -> WanTransformer3DModel:
@@ -179,25 +161,6 @@ def unguided_inputs(batch: int = 1, grid: Grid = RAGGED, timestep: float = 500) 
     return hunyuan_video_inputs(batch, grid, timestep) | {"guidance": None}
 
 
-@dataclass(frozen=True, kw_only=True)
-class Tiny:
-    """A family's tiny model.
-
-    Attributes:
-        build: makes it.
-        inputs: makes keyword arguments of a forward from the batch size, the grid in tokens and the timestep.
-        layers: paths of its video self-attention in execution order.
-        dense_timestep: the threshold that draft attention has for it by default.
-        dense_layers: paths of the layers that draft attention leaves dense by default.
-    """
-
-    build: Callable[[], Any]
-    inputs: Callable[..., Inputs]
-    layers: tuple[str, ...]
-    dense_timestep: float
-    dense_layers: tuple[str, ...]
-
-
 def _tiny_wan(build: Callable[[], Any], inputs: Callable[..., Inputs], vace_blocks: int = 0) -> Tiny:
     vace = tuple(f"vace_blocks.{index}.attn1" for index in range(vace_blocks))
     blocks = tuple(f"blocks.{index}.attn1" for index in range(3))
@@ -215,10 +178,14 @@ def _tiny_hunyuan_video(inputs: Callable[..., Inputs] = hunyuan_video_inputs, **
         layers=dual + single,
         dense_timestep=945,
         dense_layers=dual[:2],
+        lengths=tiny_joint.without_padding,
     )
 
 
 TINY = {
+    **tiny_cross.TINY,
+    **tiny_joint.TINY,
+    **tiny_older.TINY,
     "wan": _tiny_wan(wan, wan_inputs),
     "wan_i2v": _tiny_wan(wan_i2v, wan_i2v_inputs),
     "wan_ti2v": _tiny_wan(wan, wan_ti2v_inputs),
@@ -231,60 +198,6 @@ TINY = {
         unguided_inputs, image_condition_type="token_replace", guidance_embeds=False
     ),
 }
-
-
-def processors(model: nn.Module) -> dict[str, Any]:
-    """Every attention processor of a model by module path."""
-    return {path: module.processor for path, module in model.named_modules() if hasattr(module, "processor")}
-
-
-def patched(model: nn.Module) -> list[str]:
-    """Paths of the layers whose processor is not diffusers' own."""
-    return [path for path, processor in processors(model).items() if type(processor).__module__ == attach.__name__]
-
-
-@contextlib.contextmanager
-def attention_replaced(model: nn.Module, paths: tuple[str, ...], attend: Callable[..., Tensor]) -> Iterator[list[str]]:
-    """Runs `attend(query, key, value)` instead of the attention in the given layers of an unpatched model.
-
-    Shares nothing with draft attention's own way in. Yields the paths of the layers as they run.
-    """
-    ran: list[str] = []
-    current: list[str] = []
-    handles = []
-    for path in paths:
-        module = model.get_submodule(path)
-        handles.append(module.register_forward_pre_hook(lambda module, args, path=path: current.append(path)))
-        handles.append(module.register_forward_hook(lambda module, args, output: current.clear()))
-    upstream = {sys.modules[type(model.get_submodule(path).processor).__module__] for path in paths}
-
-    def dispatching(stock: Callable[..., Tensor]) -> Callable[..., Tensor]:
-        def dispatch(query: Tensor, key: Tensor, value: Tensor, **kwargs: Any) -> Tensor:
-            if not current:
-                return stock(query, key, value, **kwargs)
-            ran.append(current[0])
-            return attend(query, key, value)
-
-        return dispatch
-
-    stocks = {module: module.dispatch_attention_fn for module in upstream}
-    try:
-        for module, stock in stocks.items():
-            module.dispatch_attention_fn = dispatching(stock)
-        yield ran
-    finally:
-        for module, stock in stocks.items():
-            module.dispatch_attention_fn = stock
-        for handle in handles:
-            handle.remove()
-
-
-class Loop:
-    """The least that has components and a scheduler, for tests that run their own denoising loop."""
-
-    def __init__(self, scheduler: Any, **components: Any) -> None:
-        self.components = components
-        self.scheduler = scheduler
 
 
 def wan_scheduler() -> UniPCMultistepScheduler:

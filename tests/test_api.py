@@ -11,7 +11,7 @@ import diffusers.modular_pipelines
 import models
 import pytest
 import torch
-from diffusers import LatteTransformer3DModel, SD3Transformer2DModel
+from diffusers import PriorTransformer
 from diffusers.models._modeling_parallel import ContextParallelConfig, ParallelConfig
 from models import RAGGED, patched, processors, run_wan, wan_inputs
 from torch import Tensor, nn
@@ -44,7 +44,7 @@ def shadows() -> Any:
     """Lists the modules made for patched processors since the test began."""
 
     def everything() -> set[str]:
-        return {name for name in sys.modules if name.startswith("diffusers_draft.attach.")}
+        return {name for name in sys.modules if name.startswith("diffusers_draft.shadow.")}
 
     before = everything()
     return lambda: everything() - before
@@ -141,24 +141,13 @@ def test_the_same_transformer_twice_in_a_pipeline() -> None:
 # What cannot
 
 
-def latte() -> LatteTransformer3DModel:
-    config = dict(num_attention_heads=2, attention_head_dim=8, sample_size=8, num_layers=1, caption_channels=8)
-    return LatteTransformer3DModel(**config, in_channels=4, out_channels=4, patch_size=2, video_length=1)
-
-
-def sd3() -> SD3Transformer2DModel:
-    config = dict(sample_size=8, num_layers=1, attention_head_dim=8, num_attention_heads=2, caption_projection_dim=16)
-    return SD3Transformer2DModel(**config, in_channels=4, joint_attention_dim=8, pooled_projection_dim=8)
-
-
-@pytest.mark.parametrize("make", [latte, sd3])
-def test_unknown_transformer(make: Any) -> None:
-    transformer = make()
+def test_unknown_transformer() -> None:
+    transformer = PriorTransformer(num_attention_heads=2, attention_head_dim=8, num_layers=1, embedding_dim=8)
     for call in (enable_draft_attention, disable_draft_attention):
         for pipe in (transformer, models.Loop(None, transformer=transformer)):
             with pytest.raises(TypeError) as error:
                 call(pipe)
-            assert type(transformer).__name__ in str(error.value)
+            assert "PriorTransformer" in str(error.value)
             for name in families():
                 assert name in str(error.value)
 
@@ -175,6 +164,18 @@ def test_not_a_pipeline(thing: Any) -> None:
 def test_pipeline_without_transformer() -> None:
     with pytest.raises(TypeError, match=r"Loop.*WanTransformer3DModel"):
         enable_draft_attention(models.Loop(None, vae=models.wan_vae(), transformer=None))
+
+
+def test_stock_processor_that_ends_in_another_call(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = models.wan()
+
+    def call_of_tomorrow(self: Any, attn: Any, hidden_states: Tensor) -> Tensor:
+        return hidden_states
+
+    monkeypatch.setattr(type(model.blocks[0].attn1.processor), "__call__", call_of_tomorrow)
+    with pytest.raises(ValueError, match=r"WanAttnProcessor in diffusers .* ends in no attention call"):
+        enable_draft_attention(model)
+    assert not patched(model)
 
 
 class MyProcessor:

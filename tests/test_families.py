@@ -2,7 +2,8 @@ import diffusers
 import models
 import pytest
 import torch
-from models import RAGGED, TINY, attention_replaced, error, processors
+from models import RAGGED, TINY, attention_replaced, error, forward, processors
+from packaging.version import Version
 from torch import Tensor
 
 from diffusers_draft import DraftConfig, attach, draft_attention, enable_draft_attention
@@ -13,17 +14,6 @@ pytestmark = pytest.mark.usefixtures("nan_memory")
 EVERYWHERE = dict(dense_layers=(), dense_steps=0)
 GRIDS = [RAGGED, (1, 11, 23), (5, 8, 16), (4, 19, 7), (2, 3, 5)]
 """Ragged, one frame, whole tiles, portrait with prime sides, and less than one block."""
-
-
-def forward(model: torch.nn.Module, inputs: models.Inputs) -> Tensor:
-    with torch.no_grad():
-        return model(**inputs).sample
-
-
-def video_lengths(inputs: models.Inputs, grid: models.Grid) -> Tensor | None:
-    mask = inputs.get("encoder_attention_mask")
-    frames, rows, columns = grid
-    return None if mask is None else frames * rows * columns + mask.sum(dim=1)
 
 
 @pytest.mark.parametrize("name", TINY)
@@ -45,7 +35,7 @@ def test_sparsity_0_equals_stock(name: str, batch: int) -> None:
     model, inputs = tiny.build(), tiny.inputs(batch)
     stock = forward(model, inputs)
     handle = enable_draft_attention(model, sparsity=0, **EVERYWHERE)
-    assert error(forward(model, inputs), stock) < models.FLOAT32_ERROR
+    assert error(forward(model, inputs), stock) < tiny.tolerance
     assert handle.report().transformers[0].density == 1
 
 
@@ -83,18 +73,18 @@ def test_sparse_equals_draft_attention_put_into_the_stock_model(name: str, batch
     tiny = TINY[name]
     model, inputs = tiny.build(), tiny.inputs(batch)
     sparse_layers = tuple(path for path in tiny.layers if path not in tiny.dense_layers)
-    lengths = video_lengths(inputs, RAGGED)
+    options = dict(sparsity=0.8, prefix=tiny.prefix, backend="reference")
 
     def oracle(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
-        return draft_attention(query, key, value, RAGGED, sparsity=0.8, kv_len=lengths, backend="reference")
+        return draft_attention(query, key, value, RAGGED, kv_len=tiny.lengths(inputs, query.shape[1]), **options)
 
     dense = forward(model, inputs)
     with attention_replaced(model, sparse_layers, oracle):
         expected = forward(model, inputs)
-    assert error(expected, dense) > 1e-2
+    assert error(expected, dense) > 5e-4
     for backend in ("reference", "torch"):
         enable_draft_attention(model, sparsity=0.8, backend=backend)
-        assert error(forward(model, inputs), expected) < models.FLOAT32_ERROR
+        assert error(forward(model, inputs), expected) < tiny.tolerance
 
 
 @pytest.mark.parametrize("name", TINY)
@@ -146,8 +136,9 @@ def test_a_batch_equals_its_samples_one_by_one(name: str) -> None:
     enable_draft_attention(model, sparsity=0.7)
     together = forward(model, inputs)
     for sample in range(2):
-        alone = {key: value[sample : sample + 1] if torch.is_tensor(value) else value for key, value in inputs.items()}
-        assert error(forward(model, alone), together[sample : sample + 1]) < models.FLOAT32_ERROR
+        batched = {key: value for key, value in inputs.items() if torch.is_tensor(value) and value.shape[0] == 2}
+        alone = inputs | {key: value[sample : sample + 1] for key, value in batched.items()}
+        assert error(forward(model, alone), together[sample : sample + 1]) < tiny.tolerance
 
 
 @pytest.mark.parametrize("name", ["wan", "hunyuan_video"])
@@ -249,10 +240,13 @@ def test_hunyuan_custom() -> None:
 
 
 def test_table_names_diffusers_classes_and_their_pipelines() -> None:
+    """All of them exist in the newest diffusers that is supported; an older one may lack some."""
+    newest = Version(diffusers.__version__) >= Version("0.42")
     for name, family in families().items():
-        assert hasattr(diffusers, name)
+        assert hasattr(diffusers, name) or not newest
         for pipeline in family.pipelines:
-            assert hasattr(diffusers, pipeline), pipeline
+            assert hasattr(diffusers, pipeline) or not newest, pipeline
+    assert {name.split()[0] for name in TINY if "Model" in name} < set(families())
 
 
 @pytest.mark.parametrize("name", TINY)
@@ -261,7 +255,6 @@ def test_family_defaults(name: str) -> None:
     model = tiny.build()
     family = family_of(model)
     assert family.dense_timestep == tiny.dense_timestep
-    assert family.prefix == 0
     report = enable_draft_attention(model).report().transformers[0]
     assert report.dense_layers == tiny.dense_layers
     assert set(report.densities) == set(tiny.layers) - set(tiny.dense_layers)

@@ -41,7 +41,7 @@ def test_sparsity_0_makes_the_same_video(name: str) -> None:
     assert error(generate(pipe), stock) < 1e-5
     for report in handle.report().transformers:
         assert report.density == 1
-        assert report.dense_calls == {"step": 0, "layer": 0, "mask": 0}
+        assert report.dense_calls == {"step": 0, "layer": 0, "mask": 0, "replacement": 0}
     handle.disable()
     assert torch.equal(generate(pipe), stock)
 

@@ -51,7 +51,7 @@ def test_before_any_call() -> None:
     assert report.densities == {"blocks.1.attn1": None, "blocks.2.attn1": None}
     assert report.dense_layers == ("blocks.0.attn1",)
     assert report.steps == report.forwards == {"dense": 0, "sparse": 0}
-    assert report.dense_calls == {"step": 0, "layer": 0, "mask": 0}
+    assert report.dense_calls == {"step": 0, "layer": 0, "mask": 0, "replacement": 0}
     assert str(handle.report()) == (
         "transformer: Wan 2.1 and 2.2, sparsity 0.75 by row\n"
         "  backend   not chosen yet\n"
@@ -70,7 +70,7 @@ def test_after_a_run() -> None:
     assert [t > 925 for t in pipe.scheduler.timesteps.tolist()] == [True] * 2 + [False] * 4
     assert report.steps == {"dense": 2, "sparse": 4}
     assert report.forwards == {"dense": 4, "sparse": 8}
-    assert report.dense_calls == {"step": 4 * 2, "layer": 12 * 1, "mask": 0}
+    assert report.dense_calls == {"step": 4 * 2, "layer": 12 * 1, "mask": 0, "replacement": 0}
     assert report.grid == RAGGED
     assert report.blocks == (6, 5)
     assert report.backend == "torch"
@@ -156,7 +156,7 @@ def test_all_layers_dense() -> None:
     assert report.densities == {}
     assert report.density is report.backend is None
     assert report.forwards == {"dense": 0, "sparse": 1}
-    assert report.dense_calls == {"step": 0, "layer": 3, "mask": 0}
+    assert report.dense_calls == {"step": 0, "layer": 3, "mask": 0, "replacement": 0}
     assert "3 by layer" in str(handle.report())
 
 
@@ -212,7 +212,7 @@ def test_mask_with_queries_runs_dense_and_is_counted(name: str, layer: str) -> N
     assert models.error(run(model, inputs), stock) < models.FLOAT32_ERROR
     run(model, inputs)
     report = one(handle)
-    assert report.dense_calls == {"step": 0, "layer": 2 * len(tiny.dense_layers), "mask": 2}
+    assert report.dense_calls == {"step": 0, "layer": 2 * len(tiny.dense_layers), "mask": 2, "replacement": 0}
     assert report.densities.pop(layer) is None
     assert set(report.densities.values()) == {1}
     assert "2 by mask" in str(handle.report())
@@ -224,7 +224,7 @@ def test_mask_in_a_dense_step_counts_as_the_step() -> None:
     handle = enable_draft_attention(model)
     for timestep in (990, 500, 990):
         run(model, models.wan_inputs(timestep=timestep))
-    assert one(handle).dense_calls == {"step": 4, "layer": 3, "mask": 1}
+    assert one(handle).dense_calls == {"step": 4, "layer": 3, "mask": 1, "replacement": 0}
 
 
 def test_key_mask_runs_dense_where_the_family_has_no_padding() -> None:
@@ -271,6 +271,6 @@ def test_hunyuan_video_pipeline() -> None:
     dense = sum(t > 945 for t in pipe.scheduler.timesteps.tolist())
     assert report.family == "HunyuanVideo"
     assert report.steps == {"dense": dense, "sparse": 4 - dense}
-    assert report.dense_calls == {"step": 2 * dense * 3, "layer": 2 * 4 * 2, "mask": 0}
+    assert report.dense_calls == {"step": 2 * dense * 3, "layer": 2 * 4 * 2, "mask": 0, "replacement": 0}
     assert report.blocks == (6, 5)
     assert report.density == pytest.approx((5 + 5 + 6) / 36)

@@ -13,7 +13,7 @@ from typing import NoReturn
 
 from .. import __version__
 
-SUBCOMMANDS = {"demo": "demo", "generate": "generate", "eval": "evaluate", "bench": "bench"}
+SUBCOMMANDS = {"demo": "demo", "generate": "generate", "eval": "evaluate", "bench": "bench", "models": "models"}
 """Names and the modules behind them."""
 
 

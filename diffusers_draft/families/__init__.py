@@ -1,7 +1,10 @@
 """The transformers that draft attention knows: one file of data for each family, one table for all."""
 
+import importlib
+import math
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any
 
 from torch import Tensor, nn
 
@@ -11,16 +14,23 @@ Inputs = dict[str, Any]
 """Arguments of one transformer forward, by name."""
 
 
-class GridOf(Protocol):
-    def __call__(self, inputs: Inputs, config: Any) -> Grid: ...
+@dataclass(frozen=True, kw_only=True)
+class VideoTokens:
+    """Where one forward's video tokens lie in the sequence that self-attention sees.
+
+    Attributes:
+        grid: `(T, Y, X)` tokens, in raster order.
+        prefix: tokens in front of them.
+        kv_len: `(B,)` leading valid keys of each sample, on the inputs' device; None where nothing is padded.
+    """
+
+    grid: Grid
+    prefix: int = 0
+    kv_len: Tensor | None = None
 
 
-class KvLenOf(Protocol):
-    def __call__(self, inputs: Inputs, video_tokens: int) -> Tensor | None: ...
-
-
-def every_key(inputs: Inputs, video_tokens: int) -> None:
-    """For families whose self-attention holds no padding."""
+def anything(config: Any) -> None:
+    """For families of which every configuration can be sparse."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -31,44 +41,78 @@ class Family:
         name: for people.
         pipelines: diffusers pipelines that use it.
         layers: module paths of the video self-attention layers with `*` for the index, in execution order.
-        processor: class name of their stock processor, which must end in `dispatch_attention_fn`.
-        grid: reads `(T, Y, X)` tokens from the inputs of a forward and the model's config.
-        kv_len: reads the `(B,)` valid key lengths from them, on their device, or returns None.
-        prefix: tokens in front of the video tokens.
-        dense_timestep: steps above this timestep stay dense by default.
+        processors: class names of their stock processors, which must end in `dispatch_attention_fn` or
+            `F.scaled_dot_product_attention`.
+        explicit: a `__call__` to run instead of theirs, which ends in `dispatch_attention_fn`; it must keep up with
+            upstream's, and tests/test_explicit.py watches that.
+        stock_when_dense: whether dense forwards run upstream's `__call__` all the same.
+        video: finds the video tokens from the inputs of a forward and the model's config.
+        check: raises ValueError for a model whose config makes its self-attention something else.
         dense_layers: module paths of the layers that stay dense by default.
-        text: where text meets the video, for the table in README.
+        dense_timestep: steps above this timestep stay dense by default.
+        dense_steps: share of a run's steps, from its start, that stays dense by default where no timestep is known
+            to be best; a transformer without a pipeline does not know its run, and no step of it is dense then.
+        scheduler_units: whether the model gets timesteps as its scheduler counts them.
+        text: where text and other tokens meet the video, for the table in README.
+        notes: what else a user should know, likewise.
     """
 
     name: str
     pipelines: tuple[str, ...]
     layers: tuple[str, ...]
-    processor: str
-    grid: GridOf
-    kv_len: KvLenOf = every_key
-    prefix: int = 0
-    dense_timestep: float
+    processors: tuple[str, ...]
+    explicit: Callable[..., Any] | None = None
+    stock_when_dense: bool = False
+    video: Callable[[Inputs, Any], VideoTokens]
+    check: Callable[[Any], None] = anything
     dense_layers: tuple[str, ...]
+    dense_timestep: float = math.inf
+    dense_steps: float | None = None
+    scheduler_units: bool = True
     text: str
+    notes: str = ""
+
+
+_TABLE = {
+    "WanTransformer3DModel": "wan.WAN",
+    "WanVACETransformer3DModel": "wan.WAN_VACE",
+    "WanAnimateTransformer3DModel": "wan.WAN_ANIMATE",
+    "HunyuanVideoTransformer3DModel": "hunyuan_video.HUNYUAN_VIDEO",
+    "HunyuanVideo15Transformer3DModel": "hunyuan_video15.HUNYUAN_VIDEO15",
+    "SkyReelsV2Transformer3DModel": "skyreels_v2.SKYREELS_V2",
+    "LTXVideoTransformer3DModel": "ltx.LTX",
+    "LTX2VideoTransformer3DModel": "ltx2.LTX2",
+    "Kandinsky5Transformer3DModel": "kandinsky.KANDINSKY5",
+    "Kandinsky6Transformer3DModel": "kandinsky.KANDINSKY6",
+    "CosmosTransformer3DModel": "cosmos.COSMOS",
+    "CosmosControlNetModel": "cosmos.COSMOS_CONTROL",
+    "AnyFlowTransformer3DModel": "anyflow.ANYFLOW",
+    "ChronoEditTransformer3DModel": "chronoedit.CHRONOEDIT",
+    "MotifVideoTransformer3DModel": "motif_video.MOTIF_VIDEO",
+    "HunyuanVideoFramepackTransformer3DModel": "framepack.FRAMEPACK",
+    "HeliosTransformer3DModel": "helios.HELIOS",
+    "MiniMaxH3Transformer3DModel": "minimax_h3.MINIMAX_H3",
+    "CogVideoXTransformer3DModel": "cogvideox.COGVIDEOX",
+    "ConsisIDTransformer3DModel": "cogvideox.CONSISID",
+    "MochiTransformer3DModel": "mochi.MOCHI",
+    "AllegroTransformer3DModel": "allegro.ALLEGRO",
+    "EasyAnimateTransformer3DModel": "easyanimate.EASYANIMATE",
+}
 
 
 def families() -> dict[str, Family]:
     """The table: diffusers class name -> family."""
-    from .hunyuan_video import HUNYUAN_VIDEO
-    from .wan import WAN, WAN_ANIMATE, WAN_VACE
-
-    return {
-        "WanTransformer3DModel": WAN,
-        "WanVACETransformer3DModel": WAN_VACE,
-        "WanAnimateTransformer3DModel": WAN_ANIMATE,
-        "HunyuanVideoTransformer3DModel": HUNYUAN_VIDEO,
-    }
+    return {name: _load(place) for name, place in _TABLE.items()}
 
 
 def family_of(transformer: nn.Module) -> Family | None:
     """The family of a diffusers transformer or of a subclass of one; None if it is not known."""
-    table = families()
     for cls in type(transformer).__mro__:
-        if cls.__module__.startswith("diffusers.") and cls.__name__ in table:
-            return table[cls.__name__]
+        if cls.__module__.startswith("diffusers.") and cls.__name__ in _TABLE:
+            return _load(_TABLE[cls.__name__])
     return None
+
+
+def _load(place: str) -> Family:
+    file, name = place.split(".")
+    return getattr(importlib.import_module(f".{file}", __name__), name)

@@ -1,25 +1,16 @@
 """Wan 2.1 and 2.2: self-attention holds video tokens alone, text enters by cross-attention."""
 
 import dataclasses
-from typing import Any
 
-from ..layout import Grid
-from . import Family, Inputs
-
-
-def grid(inputs: Inputs, config: Any) -> Grid:
-    """Tokens of `hidden_states` `(B, C, F, H, W)` after patching (diffusers, transformer_wan.py `forward`)."""
-    frames, rows, columns = inputs["hidden_states"].shape[2:]
-    patch_t, patch_h, patch_w = config.patch_size
-    return frames // patch_t, rows // patch_h, columns // patch_w
-
+from . import Family
+from .latents import channels_first
 
 WAN = Family(
     name="Wan 2.1 and 2.2",
-    pipelines=("WanPipeline", "WanImageToVideoPipeline", "WanVideoToVideoPipeline"),
+    pipelines=("WanPipeline", "WanImageToVideoPipeline", "WanVideoToVideoPipeline", "LucyEditPipeline"),
     layers=("blocks.*.attn1",),
-    processor="WanAttnProcessor",
-    grid=grid,
+    processors=("WanAttnProcessor",),
+    video=channels_first,
     dense_timestep=925.0,
     dense_layers=("blocks.0.attn1",),
     text="cross-attention",

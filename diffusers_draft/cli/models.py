@@ -1,0 +1,19 @@
+"""`diffusers-draft models`: what is supported."""
+
+import argparse
+
+from ..families.table import models_table
+
+
+def add_parser(subparsers: argparse._SubParsersAction) -> None:
+    """Adds `models` to the command line."""
+    parser = subparsers.add_parser(
+        "models",
+        help="list the supported models",
+        description="Prints the models that draft attention knows, with their defaults, as a Markdown table.",
+    )
+    parser.set_defaults(run=run)
+
+
+def run(args: argparse.Namespace) -> None:
+    print(models_table())

@@ -1,0 +1,15 @@
+"""AnyFlow: Wan's layout with the frames in front of the channels."""
+
+from . import Family
+from .latents import frames_first
+
+ANYFLOW = Family(
+    name="AnyFlow",
+    pipelines=("AnyFlowPipeline",),
+    layers=("blocks.*.attn1",),
+    processors=("AnyFlowAttnProcessor",),
+    video=frames_first,
+    dense_layers=("blocks.0.attn1",),
+    dense_steps=0.25,
+    text="cross-attention",
+)

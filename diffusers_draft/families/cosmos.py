@@ -1,0 +1,44 @@
+"""Cosmos 1, 2 and 2.5 and the control network of Cosmos 2.5 Transfer: video tokens alone."""
+
+from typing import Any
+
+from . import Family, Inputs, VideoTokens
+from .latents import channels_first, patched
+
+
+def controlled(inputs: Inputs, config: Any) -> VideoTokens:
+    """Tokens of `controls_latents` `(B, C, F, H, W)` (controlnet_cosmos.py `forward`)."""
+    return VideoTokens(grid=patched(inputs["controls_latents"].shape[2:], config.patch_size))
+
+
+COSMOS = Family(
+    name="Cosmos 1, 2 and 2.5",
+    pipelines=(
+        "CosmosTextToWorldPipeline",
+        "CosmosVideoToWorldPipeline",
+        "Cosmos2TextToImagePipeline",
+        "Cosmos2VideoToWorldPipeline",
+        "Cosmos2_5_PredictBasePipeline",
+        "Cosmos2_5_TransferPipeline",
+    ),
+    layers=("transformer_blocks.*.attn1",),
+    processors=("CosmosAttnProcessor2_0",),
+    video=channels_first,
+    dense_layers=("transformer_blocks.0.attn1",),
+    dense_steps=0.25,
+    scheduler_units=False,
+    text="cross-attention",
+)
+
+COSMOS_CONTROL = Family(
+    name="Cosmos control network",
+    pipelines=("Cosmos2_5_TransferPipeline",),
+    layers=("control_blocks.*.attn1",),
+    processors=("CosmosAttnProcessor2_0",),
+    video=controlled,
+    dense_layers=("control_blocks.0.attn1",),
+    dense_steps=0.25,
+    scheduler_units=False,
+    text="cross-attention",
+    notes="a component of its own beside the transformer",
+)

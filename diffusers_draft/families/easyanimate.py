@@ -1,0 +1,25 @@
+"""EasyAnimate: text of one or two encoders in front of the video tokens."""
+
+from typing import Any
+
+from . import Family, Inputs, VideoTokens
+from .latents import patch_of, patched
+
+
+def video(inputs: Inputs, config: Any) -> VideoTokens:
+    """Texts, then tokens of `hidden_states` `(B, C, F, H, W)` (transformer_easyanimate.py `forward`)."""
+    texts = [inputs.get(name) for name in ("encoder_hidden_states", "encoder_hidden_states_t5")]
+    prefix = sum(text.shape[1] for text in texts if text is not None)
+    return VideoTokens(grid=patched(inputs["hidden_states"].shape[2:], patch_of(config)), prefix=prefix)
+
+
+EASYANIMATE = Family(
+    name="EasyAnimate",
+    pipelines=("EasyAnimatePipeline", "EasyAnimateInpaintPipeline", "EasyAnimateControlPipeline"),
+    layers=("transformer_blocks.*.attn1",),
+    processors=("EasyAnimateAttnProcessor2_0",),
+    video=video,
+    dense_layers=("transformer_blocks.0.attn1",),
+    dense_steps=0.25,
+    text="joint, in front",
+)

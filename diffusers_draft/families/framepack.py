@@ -1,0 +1,34 @@
+"""FramePack: coarse history in front of HunyuanVideo's video tokens, then image tokens and right-padded text."""
+
+import math
+from typing import Any
+
+import torch
+
+from . import Family, Inputs, VideoTokens
+from .latents import history, patch_of, patched
+
+HISTORY = {"latents_clean": 1, "latents_history_2x": 2, "latents_history_4x": 4}
+"""Inputs in front of the video and how much coarser than latents their patches are."""
+
+
+def video(inputs: Inputs, config: Any) -> VideoTokens:
+    """History, tokens of `hidden_states`, images, valid text (transformer_hunyuan_video_framepack.py `forward`)."""
+    grid = patched(inputs["hidden_states"].shape[2:], patch_of(config))
+    prefix = sum(history(inputs, name, (1, 2, 2), coarseness) for name, coarseness in HISTORY.items())
+    images_end = prefix + math.prod(grid) + inputs["image_embeds"].shape[1]
+    text = inputs["encoder_attention_mask"].sum(dim=1, dtype=torch.int32)
+    return VideoTokens(grid=grid, prefix=prefix, kv_len=text + images_end)
+
+
+FRAMEPACK = Family(
+    name="FramePack",
+    pipelines=("HunyuanVideoFramepackPipeline",),
+    layers=("transformer_blocks.*.attn", "single_transformer_blocks.*.attn"),
+    processors=("HunyuanVideoAttnProcessor2_0",),
+    video=video,
+    dense_layers=("transformer_blocks.0.attn",),
+    dense_steps=0.25,
+    text="joint, behind the video, padding left out; history in front",
+    notes="each section is a run of its own",
+)

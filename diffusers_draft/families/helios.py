@@ -1,0 +1,28 @@
+"""Helios: coarse history in front of the video tokens of a chunk."""
+
+from typing import Any
+
+from . import Family, Inputs, VideoTokens
+from .latents import channels_first, history
+
+HISTORY = {"latents_history_short": 1, "latents_history_mid": 2, "latents_history_long": 4}
+"""Inputs in front of the video and how much coarser than its own their patches are."""
+
+
+def video(inputs: Inputs, config: Any) -> VideoTokens:
+    """History, then tokens of `hidden_states` `(B, C, F, H, W)` (transformer_helios.py `forward`)."""
+    prefix = sum(history(inputs, name, config.patch_size, coarseness) for name, coarseness in HISTORY.items())
+    return VideoTokens(grid=channels_first(inputs, config).grid, prefix=prefix)
+
+
+HELIOS = Family(
+    name="Helios",
+    pipelines=("HeliosPipeline", "HeliosPyramidPipeline"),
+    layers=("blocks.*.attn1",),
+    processors=("HeliosAttnProcessor",),
+    video=video,
+    dense_layers=("blocks.0.attn1",),
+    dense_steps=0.25,
+    text="cross-attention; history in front",
+    notes="each chunk, and each stage of the pyramid, is a run of its own",
+)

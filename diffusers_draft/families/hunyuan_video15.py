@@ -1,0 +1,36 @@
+"""HunyuanVideo 1.5: video tokens, then image and text tokens, of which the valid ones come first."""
+
+import math
+from typing import Any
+
+import torch
+
+from . import Family, Inputs, VideoTokens
+from .latents import patch_of, patched
+from .processors.hunyuan_video15 import attend_with_key_mask
+
+
+def video(inputs: Inputs, config: Any) -> VideoTokens:
+    """Tokens of `hidden_states` `(B, C, F, H, W)`, then what is valid (transformer_hunyuan_video15.py `forward`).
+
+    Upstream sorts the tokens behind the video; image tokens count if any image embedding of the batch is not zero.
+    """
+    grid = patched(inputs["hidden_states"].shape[2:], patch_of(config))
+    masks = torch.cat([inputs["encoder_attention_mask"], inputs["encoder_attention_mask_2"]], dim=1)
+    images = inputs["image_embeds"]
+    valid = masks.bool().sum(dim=1, dtype=torch.int32) + images.any().int() * images.shape[1]
+    return VideoTokens(grid=grid, kv_len=valid + math.prod(grid))
+
+
+HUNYUAN_VIDEO15 = Family(
+    name="HunyuanVideo 1.5",
+    pipelines=("HunyuanVideo15Pipeline", "HunyuanVideo15ImageToVideoPipeline"),
+    layers=("transformer_blocks.*.attn",),
+    processors=("HunyuanVideo15AttnProcessor2_0",),
+    explicit=attend_with_key_mask,
+    video=video,
+    dense_layers=(),
+    dense_steps=0.25,
+    text="joint, behind the video, padding left out",
+    notes="without stock's mask over pairs of tokens (12.5 GB at 720p); layers in `dense_layers` make it again",
+)

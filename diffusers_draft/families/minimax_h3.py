@@ -1,0 +1,24 @@
+"""MiniMax-H3: one packed sequence of text, conditions, audio and, last, the video."""
+
+from typing import Any
+
+from . import Family, Inputs, VideoTokens
+from .coordinates import from_positions
+
+
+def video(inputs: Inputs, config: Any) -> VideoTokens:
+    """The video that the packed sequence ends in (modular_pipelines/minimax_h3/before_denoise.py)."""
+    return from_positions(inputs["position_ids"])
+
+
+MINIMAX_H3 = Family(
+    name="MiniMax-H3",
+    pipelines=("MiniMaxH3ModularPipeline",),
+    layers=("transformer_blocks.*.attn",),
+    processors=("MiniMaxH3AttnProcessor",),
+    video=video,
+    dense_layers=("transformer_blocks.0.attn",),
+    dense_steps=0.25,
+    scheduler_units=False,
+    text="joint, in front with conditions and audio",
+)
