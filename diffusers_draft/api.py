@@ -8,13 +8,15 @@ from typing import Any
 import diffusers
 from torch import nn
 
-from .attach import Attachment, attention_module, check_parallel_config
+from .attach import Attachment, attachment_of
 from .config import Budget, DraftConfig
 from .families import Family, families, family_of
 from .families.unsupported import reason_against
+from .layers import processors_of, stock_class
 from .report import DraftReport, report_on
 from .schedule import Schedule
-from .shadow import DraftProcessor, can_be_patched
+from .shadow import can_be_patched
+from .splitting import check_layers
 
 
 class DraftHandle:
@@ -86,7 +88,8 @@ def enable_draft_attention(
         ValueError: if an option is out of range, the model's config makes its attention something else, or an
             attention layer has a processor that is not the stock one.
         ImportError: if the chosen backend's package is missing.
-        NotImplementedError: under ring attention.
+        NotImplementedError: under ring attention, or when the model is split over GPUs in a way that draft attention
+            cannot follow; the message says what to do.
         RuntimeError: if called while a forward of the transformer is running.
     """
     given = DraftConfig(
@@ -102,7 +105,7 @@ def enable_draft_attention(
         raise ValueError("Pass either config or single options, not both.")
     config = config or given
 
-    found = _transformers(pipe)
+    found = known_transformers(pipe)
     schedules: dict[str, Schedule] = {}
     attachments = {}
     for name, (transformer, family) in found.items():
@@ -113,7 +116,7 @@ def enable_draft_attention(
         sparse, dense = _layers(transformer, family, config)
         attachments[name] = Attachment(transformer, family, config, schedules[family.name], sparse, dense)
 
-    replaced = [old for transformer, _ in found.values() if (old := _attachment(transformer))]
+    replaced = [old for transformer, _ in found.values() if (old := attachment_of(transformer))]
     for old in replaced:
         old.detach()
     try:
@@ -138,15 +141,15 @@ def disable_draft_attention(pipe: Any) -> None:
         TypeError: if `pipe` has no transformer that draft attention knows.
         RuntimeError: if called while a forward of the transformer is running.
     """
-    transformers = [transformer for transformer, _ in _transformers(pipe).values()]
+    transformers = [transformer for transformer, _ in known_transformers(pipe).values()]
     for transformer in transformers:
         _check_not_running(transformer)
     for transformer in transformers:
-        if attachment := _attachment(transformer):
+        if attachment := attachment_of(transformer):
             attachment.detach()
 
 
-def _transformers(pipe: Any) -> dict[str, tuple[nn.Module, Family]]:
+def known_transformers(pipe: Any) -> dict[str, tuple[nn.Module, Family]]:
     """The known transformers in a pipeline, or the one that was given, by component name."""
     components = {"transformer": pipe} if isinstance(pipe, nn.Module) else getattr(pipe, "components", None)
     if not isinstance(components, dict):
@@ -183,9 +186,9 @@ def _schedule(pipe: Any, family: Family, config: DraftConfig) -> Schedule:
     return Schedule(pipe, share, limit, scheduler_units=family.scheduler_units)
 
 
-def _layers(transformer: nn.Module, family: Family, config: DraftConfig) -> tuple[dict[str, Any], tuple[str, ...]]:
-    """Stock processors of the layers to make sparse, by module path, and the paths of those that stay dense."""
-    paths = [path for pattern in family.layers for path in _expand(transformer, pattern)]
+def _layers(transformer: nn.Module, family: Family, config: DraftConfig) -> tuple[tuple[str, ...], tuple[str, ...]]:
+    """Module paths of the layers to make sparse, and of those that stay dense."""
+    paths = layer_paths(transformer, family.layers)
     if config.dense_layers is None:
         dense = set(family.dense_layers)
     else:
@@ -193,42 +196,33 @@ def _layers(transformer: nn.Module, family: Family, config: DraftConfig) -> tupl
         if wrong:
             raise ValueError(f"dense_layers has {wrong}, but {type(transformer).__name__} has {len(paths)} layers.")
         dense = {paths[index] for index in config.dense_layers}
-    attached = _attachment(transformer)
-    sparse = {}
-    for path in paths:
-        processor = attention_module(transformer, path).processor
-        if attached and path in attached.processors and processor is attached.processors[path]:
-            processor = attached.processors[path].unwrapped(attached.originals[path])
-        if isinstance(processor, DraftProcessor) or not _is_stock(processor, family):
+    processors = processors_of(transformer, paths)
+    for path, processor in processors.items():
+        if not _is_stock(processor, family):
             raise ValueError(
                 f"Layer {path} of {type(transformer).__name__} has the processor {type(processor).__name__}, but "
                 f"draft attention needs diffusers' own {' or '.join(family.processors)}. Undo what replaced it first."
             )
-        if not can_be_patched(processor, family):
+        if not can_be_patched(stock_class(processor), family):
             raise ValueError(
                 f"The code of {type(processor).__name__} in diffusers {diffusers.__version__} ends in no attention "
                 "call that draft attention knows. Use a version of diffusers that it was tested with."
             )
-        check_parallel_config(getattr(processor, "_parallel_config", None))
-        if path not in dense:
-            sparse[path] = processor
-    return sparse, tuple(path for path in paths if path in dense)
+    check_layers(transformer, family, processors)
+    return tuple(path for path in paths if path not in dense), tuple(path for path in paths if path in dense)
 
 
 def _is_stock(processor: Any, family: Family) -> bool:
-    stock = type(processor)
+    stock = stock_class(processor)
     return stock.__module__.startswith("diffusers.") and stock.__name__ in family.processors
 
 
-def _expand(transformer: nn.Module, pattern: str) -> list[str]:
-    """`"blocks.*.attn1"` -> `["blocks.0.attn1", "blocks.1.attn1", ...]`."""
-    blocks, layer = pattern.split(".*.")
-    return [f"{blocks}.{name}.{layer}" for name, _ in transformer.get_submodule(blocks).named_children()]
-
-
-def _attachment(transformer: nn.Module) -> Attachment | None:
-    hooks = transformer._forward_pre_hooks.values()
-    return next((hook for hook in hooks if isinstance(hook, Attachment)), None)
+def layer_paths(transformer: nn.Module, patterns: tuple[str, ...]) -> tuple[str, ...]:
+    """`"blocks.*.attn1"` -> `"blocks.0.attn1"`, `"blocks.1.attn1"`, ..."""
+    found = []
+    for blocks, layer in (pattern.split(".*.") for pattern in patterns):
+        found += [f"{blocks}.{name}.{layer}" for name, _ in transformer.get_submodule(blocks).named_children()]
+    return tuple(found)
 
 
 def _check_not_running(transformer: nn.Module | None) -> None:

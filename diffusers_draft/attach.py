@@ -3,48 +3,26 @@
 import contextlib
 import functools
 import inspect
-import sys
 import warnings
 import weakref
-from collections.abc import Callable
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
-from .attention import attend, check_backend, needs_grad
+from .attention import check_backend
 from .config import DraftConfig
+from .dispatch import State, attention_call
 from .families import Family
+from .layers import PatchedLayers
 from .schedule import Schedule
-from .shadow import patched_class
-
-
-def attention_module(transformer: nn.Module, path: str) -> Any:
-    """The attention layer at a module path; it has a `processor`."""
-    return transformer.get_submodule(path)
-
-
-class State:
-    """What one forward leaves for its layers.
-
-    Compiled code reads bools and tensors alone, so that no layer and no resolution recompiles.
-    """
-
-    def __init__(self) -> None:
-        self.sparse = False
-        self.geometry = torch.zeros(4, dtype=torch.int64)
-        self.kv_len: Tensor | None = None
-        self.processor: Any = None
-        self.forwards_to_recompute = 0
-        self.recomputed = False
-        self.kind: tuple[torch.dtype, int, bool] | None = None
+from .splitting import check_forward, originals_of
 
 
 class Attachment:
     """Draft attention in one transformer: its forward pre-hook, its patched layers and what they counted.
 
     Attributes:
-        originals: stock processor of each sparse layer, by module path, in execution order.
         dense_layers: module paths of the layers left alone.
         steps: denoising steps so far, dense and sparse.
         forwards: forwards so far, likewise.
@@ -59,7 +37,7 @@ class Attachment:
         family: Family,
         config: DraftConfig,
         schedule: Schedule,
-        originals: dict[str, Any],
+        sparse_layers: tuple[str, ...],
         dense_layers: tuple[str, ...],
     ) -> None:
         check_backend(config.backend)
@@ -67,7 +45,7 @@ class Attachment:
         self.family = family
         self.config = config
         self.schedule = schedule
-        self.originals = originals
+        self.sparse_layers = sparse_layers
         self.dense_layers = dense_layers
         self.state = State()
         self.steps = {"dense": 0, "sparse": 0}
@@ -77,24 +55,19 @@ class Attachment:
         self.last_sparse: tuple[int, int, int] | None = None
         self._last_step: tuple[int, int] | None = None
         self._parameters = tuple(inspect.signature(type(transformer).forward).parameters)[1:]
-        dispatch = functools.partial(_dispatch, self.state, config)
-        classes = dict.fromkeys(type(original) for original in originals.values())
-        patched: dict[type, Any] = {stock: patched_class(stock, self.state, family, dispatch) for stock in classes}
-        self._shadows = [module for cls in patched.values() for module in cls.shadows]
-        self.processors = {path: patched[type(original)].wrapping(original) for path, original in originals.items()}
+        self.layers: PatchedLayers | None = None
         self._hook: Any = None
-        self._forget: weakref.finalize | None = None
 
     def attach(self) -> None:
         """Puts the processors and the hook in place, or nothing if any of it fails."""
         transformer = self.transformer()
         assert transformer is not None, "the transformer is held by the caller"
-        # In `sys.modules` because `torch.compile` looks up a function's globals by module name.
-        sys.modules.update({module.__name__: module for module in self._shadows})
-        self._forget = weakref.finalize(transformer, _drop_modules, [module.__name__ for module in self._shadows])
+        originals = originals_of(transformer, self.sparse_layers)
+        if self.layers is None or self.layers.originals != originals:
+            dispatch = functools.partial(attention_call, self.state, self.config)
+            self.layers = PatchedLayers(transformer, originals, self.state, self.family, dispatch)
         try:
-            for path, processor in self.processors.items():
-                attention_module(transformer, path).processor = processor
+            self.layers.put()
             self._hook = transformer.register_forward_pre_hook(self, with_kwargs=True)
         except BaseException:
             self.detach()
@@ -102,18 +75,17 @@ class Attachment:
 
     def detach(self) -> None:
         """Restores every stock processor that is still replaced by ours. Harmless when done twice."""
-        transformer = self.transformer()
         if self._hook is not None:
             self._hook.remove()
             self._hook = None
         self.state.sparse = False  # whoever keeps one of our processors and puts it back gets dense attention
-        if transformer is not None:
-            for path, processor in self.processors.items():
-                module = attention_module(transformer, path)
-                if module.processor is processor:
-                    module.processor = processor.unwrapped(self.originals[path])
-        if self._forget is not None:
-            self._forget()
+        if self.layers is not None:
+            self.layers.take_back()
+
+    @property
+    def processors(self) -> dict[str, Any]:
+        """Ours, by module path, in execution order."""
+        return self.layers.processors if self.layers else {}
 
     @property
     def attached(self) -> bool:
@@ -126,6 +98,7 @@ class Attachment:
         inputs = dict(zip(self._parameters, args, strict=False)) | kwargs
         video = self.family.video(inputs, module.config)
         self.state.geometry = torch.tensor([*video.grid, video.prefix])
+        self.state.split_video = check_forward(module, self.family, self.processors, inputs, video)
         self.state.kv_len = video.kv_len
         if torch.is_grad_enabled() and getattr(module, "gradient_checkpointing", False):
             self.state.forwards_to_recompute = 1 if self.state.recomputed else self.state.forwards_to_recompute + 1
@@ -150,11 +123,9 @@ class Attachment:
 
     def _look_for_replaced(self, transformer: nn.Module) -> None:
         """Notices layers whose processor somebody has replaced since: they run dense unless they are patched again."""
-        replaced = [
-            path for path, ours in self.processors.items() if attention_module(transformer, path).processor is not ours
-        ]
+        replaced = self.layers.replaced() if self.layers else []
         if replaced and not self.replaced_calls:
-            found = type(attention_module(transformer, replaced[0]).processor).__name__
+            found = type(replaced[0]).__name__
             warnings.warn(
                 f"{len(replaced)} attention layers of {type(transformer).__name__} lost draft attention: something "
                 f"put {found} in its place. They run without it. Undo that, or enable draft attention again.",
@@ -168,83 +139,7 @@ class Attachment:
         return (getattr, (contextlib.nullcontext(), "__exit__"))
 
 
-def _drop_modules(names: list[str]) -> None:
-    for name in names:
-        sys.modules.pop(name, None)
-
-
-def _dispatch(state: State, config: DraftConfig, stock: Callable[..., Tensor]) -> Callable[..., Tensor]:
-    """Makes a stand-in for diffusers' `dispatch_attention_fn` (models/attention_dispatch.py), argument by argument."""
-
-    def dispatch_attention_fn(
-        query: Tensor,
-        key: Tensor,
-        value: Tensor,
-        attn_mask: Tensor | None = None,
-        dropout_p: float = 0.0,
-        is_causal: bool = False,
-        scale: float | None = None,
-        enable_gqa: bool = False,
-        attention_kwargs: dict[str, Any] | None = None,
-        *,
-        backend: Any = None,
-        parallel_config: Any = None,
-    ) -> Tensor:
-        # A mask over keys alone is the padding that `kv_len` leaves out; layers without one see no padding.
-        masked = attn_mask is not None and (state.kv_len is None or attn_mask.shape[-2] > 1)
-        if masked:
-            state.processor.masked = state.sparse
-        if not torch.compiler.is_compiling():
-            _check_recomputation(state)
-        if masked or not state.sparse:
-            return stock(
-                query,
-                key,
-                value,
-                attn_mask=attn_mask,
-                dropout_p=dropout_p,
-                is_causal=is_causal,
-                scale=scale,
-                enable_gqa=enable_gqa,
-                attention_kwargs=attention_kwargs,
-                backend=backend,
-                parallel_config=parallel_config,
-            )
-        if dropout_p or is_causal or enable_gqa or attention_kwargs:
-            raise NotImplementedError(
-                "Draft attention has no dropout, causal or grouped-query attention and takes no attention_kwargs; got "
-                f"dropout_p={dropout_p}, is_causal={is_causal}, enable_gqa={enable_gqa}, {attention_kwargs=}."
-            )
-        check_parallel_config(parallel_config)
-        kv_len = None if attn_mask is None or state.kv_len is None else state.kv_len.to(query.device)
-        state.kind = (query.dtype, query.shape[-1], needs_grad(query, key, value))
-        out, state.processor.kv_num_blocks = attend(query, key, value, state.geometry, kv_len, config, scale)
-        state.processor.kv_len = kv_len
-        return out
-
-    return dispatch_attention_fn
-
-
-def _check_recomputation(state: State) -> None:
-    """Raises RuntimeError when gradient checkpointing recomputes a forward whose state a later one has replaced."""
-    if torch._C._current_graph_task_id() == -1:  # not in a backward
-        return
-    if state.forwards_to_recompute > 1:
-        raise RuntimeError(
-            f"{state.forwards_to_recompute} forwards ran before this backward. Under gradient checkpointing draft "
-            "attention can recompute only the latest: run backward after each forward, or disable one of the two."
-        )
-    state.recomputed = True
-
-
-def check_parallel_config(parallel_config: Any) -> None:
-    """Raises NotImplementedError for context parallelism."""
-    context_parallel = getattr(parallel_config, "context_parallel_config", None)
-    if context_parallel is None:
-        return
-    if getattr(context_parallel, "ring_degree", None) not in (None, 1):
-        raise NotImplementedError(
-            f"Draft attention cannot run with ring attention (ring_degree={context_parallel.ring_degree}): no rank "
-            "sees the whole sequence, so none can choose the best blocks. Disable draft attention or the ring."
-        )
-    raise NotImplementedError("Draft attention does not run under context parallelism yet. Disable one of the two.")
+def attachment_of(transformer: nn.Module) -> Attachment | None:
+    """Draft attention that is in place in a transformer."""
+    hooks = transformer._forward_pre_hooks.values()
+    return next((hook for hook in hooks if isinstance(hook, Attachment)), None)

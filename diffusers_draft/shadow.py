@@ -26,7 +26,7 @@ def patched_class(stock: type, state: Any, family: Family, dispatch: Callable[[D
 
     Args:
         stock: its class.
-        state: what forwards leave for the layers; gets the processor that is running.
+        state: what forwards leave for the layers; its `enter` gets the processor that is about to run.
         family: has the `__call__` to run instead of upstream's, if there is one.
         dispatch: makes our attention call; takes the one to make where draft attention does not apply.
     """
@@ -49,7 +49,7 @@ def patched_class(stock: type, state: Any, family: Family, dispatch: Callable[[D
 
     @functools.wraps(upstream)
     def __call__(processor: Any, *args: Any, **kwargs: Any) -> Any:
-        state.processor = processor
+        state.enter(processor)
         if stock_when_dense and not state.sparse:
             return upstream(processor, *args, **kwargs)
         return call(processor, *args, **kwargs)
@@ -58,9 +58,9 @@ def patched_class(stock: type, state: Any, family: Family, dispatch: Callable[[D
     return type(f"Draft{stock.__name__}", (DraftProcessor, stock), members)
 
 
-def can_be_patched(processor: Any, family: Family) -> bool:
-    """Says whether a processor's own code ends in a call that we know."""
-    names = type(processor).__call__.__code__.co_names
+def can_be_patched(stock: Any, family: Family) -> bool:
+    """Says whether the code of a processor class ends in a call that we know."""
+    names = stock.__call__.__code__.co_names
     return family.explicit is not None or "dispatch_attention_fn" in names or "scaled_dot_product_attention" in names
 
 

@@ -134,11 +134,12 @@ def wan_vace_inputs(batch: int = 1, grid: Grid = RAGGED, timestep: float = 500) 
 
 
 def wan_animate_inputs(batch: int = 1, grid: Grid = RAGGED, timestep: float = 500) -> Inputs:
+    """With the character in front of the video."""
     frames, rows, columns = grid
     return wan_i2v_inputs(batch, grid, timestep) | {
-        "hidden_states": latents(12, batch, grid),
-        "pose_hidden_states": latents(4, batch, (frames - 1, rows, columns)),
-        "face_pixel_values": random(batch, 3, 4 * (frames - 2) + 1, 16, 16),
+        "hidden_states": latents(12, batch, (frames + 1, rows, columns)),
+        "pose_hidden_states": latents(4, batch, grid),
+        "face_pixel_values": random(batch, 3, 4 * (frames - 1) + 1, 16, 16),
     }
 
 
@@ -161,11 +162,16 @@ def unguided_inputs(batch: int = 1, grid: Grid = RAGGED, timestep: float = 500) 
     return hunyuan_video_inputs(batch, grid, timestep) | {"guidance": None}
 
 
-def _tiny_wan(build: Callable[[], Any], inputs: Callable[..., Inputs], vace_blocks: int = 0) -> Tiny:
+def _tiny_wan(build: Callable[[], Any], inputs: Callable[..., Inputs], vace_blocks: int = 0, prefix: int = 0) -> Tiny:
     vace = tuple(f"vace_blocks.{index}.attn1" for index in range(vace_blocks))
     blocks = tuple(f"blocks.{index}.attn1" for index in range(3))
     return Tiny(
-        build=build, inputs=inputs, layers=vace + blocks, dense_timestep=925, dense_layers=vace[:1] + blocks[:1]
+        build=build,
+        inputs=inputs,
+        layers=vace + blocks,
+        dense_timestep=925,
+        dense_layers=vace[:1] + blocks[:1],
+        prefix=prefix,
     )
 
 
@@ -190,7 +196,7 @@ TINY = {
     "wan_i2v": _tiny_wan(wan_i2v, wan_i2v_inputs),
     "wan_ti2v": _tiny_wan(wan, wan_ti2v_inputs),
     "wan_vace": _tiny_wan(wan_vace, wan_vace_inputs, vace_blocks=2),
-    "wan_animate": _tiny_wan(wan_animate, wan_animate_inputs),
+    "wan_animate": _tiny_wan(wan_animate, wan_animate_inputs, prefix=RAGGED[1] * RAGGED[2]),
     "hunyuan_video": _tiny_hunyuan_video(),
     "hunyuan_video_no_guidance": _tiny_hunyuan_video(unguided_inputs, guidance_embeds=False),
     "hunyuan_video_latent_concat": _tiny_hunyuan_video(image_condition_type="latent_concat"),

@@ -11,7 +11,6 @@ import diffusers.modular_pipelines
 import models
 import pytest
 import torch
-from diffusers import PriorTransformer
 from diffusers.models._modeling_parallel import ContextParallelConfig, ParallelConfig
 from models import RAGGED, patched, processors, run_wan, wan_inputs
 from torch import Tensor, nn
@@ -142,12 +141,15 @@ def test_the_same_transformer_twice_in_a_pipeline() -> None:
 
 
 def test_unknown_transformer() -> None:
-    transformer = PriorTransformer(num_attention_heads=2, attention_head_dim=8, num_layers=1, embedding_dim=8)
+    class UnknownTransformer(torch.nn.Linear):
+        pass
+
+    transformer = UnknownTransformer(2, 2)
     for call in (enable_draft_attention, disable_draft_attention):
         for pipe in (transformer, models.Loop(None, transformer=transformer)):
             with pytest.raises(TypeError) as error:
                 call(pipe)
-            assert "PriorTransformer" in str(error.value)
+            assert "UnknownTransformer" in str(error.value)
             for name in families():
                 assert name in str(error.value)
 
@@ -513,3 +515,14 @@ def test_config_may_be_shared() -> None:
     assert handles[0].config is handles[1].config is config
     assert copy.deepcopy(config) == config
     assert config.dense_layers == (0, 2)
+
+
+def test_blocks_can_be_left_out_while_enabled() -> None:
+    """As `bench model` measures a block, and as layers are pruned."""
+    model, shorter = models.wan(num_layers=3), models.wan(num_layers=3)
+    shorter.blocks = shorter.blocks[:2]
+    settings = dict(dense_layers=(0,), dense_timestep=1000)
+    enable_draft_attention(model, **settings)
+    enable_draft_attention(shorter, **settings)
+    model.blocks = model.blocks[:2]
+    assert torch.equal(run(model), run(shorter))

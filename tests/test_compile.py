@@ -10,7 +10,7 @@ from models import TINY, Loop, attention_replaced, error, hunyuan_video_inputs, 
 from torch import Tensor
 from torch._dynamo.utils import counters
 
-from diffusers_draft import attach, disable_draft_attention, enable_draft_attention
+from diffusers_draft import disable_draft_attention, dispatch, enable_draft_attention
 
 GRIDS = [(3, 17, 13), (5, 20, 13), (5, 13, 20)]
 """Resolutions after the first one: as many tokens, more of them, as many again."""
@@ -184,9 +184,9 @@ def test_compiled_layers_are_routed(name: str, monkeypatch: pytest.MonkeyPatch) 
         out, counts = attend(*arguments)
         return torch.zeros_like(out), counts
 
-    attend = attach.attend
+    attend = dispatch.attend
     unmarked = transformer(**inputs).sample
-    monkeypatch.setattr(attach, "attend", marked)
+    monkeypatch.setattr(dispatch, "attend", marked)
     handle = enable_draft_attention(transformer)
     way = "regional" if transformer._repeated_blocks else "in place"
     WAYS[way](transformer, backend="eager")

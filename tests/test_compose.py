@@ -435,26 +435,29 @@ def test_training(name: str) -> None:
 
 
 @pytest.mark.parametrize(
-    ("name", "other"),
+    ("name", "other", "options"),
     [
-        ("wan", dict(grid=(3, 17, 13))),
-        ("wan", dict(grid=(3, 13, 17), timestep=990)),
-        ("hunyuan_video", dict(lengths=(3,))),
+        ("wan", dict(grid=(3, 17, 13)), {}),
+        ("wan", dict(grid=(3, 13, 17), timestep=990), {}),
+        ("hunyuan_video", dict(lengths=(3,)), {}),
+        ("MochiTransformer3DModel", dict(timestep=990), dict(dense_timestep=900)),
     ],
-    ids=["grid", "step", "lengths"],
+    ids=["grid", "step", "lengths", "step that runs upstream's code"],
 )
-def test_gradient_checkpointing_through_two_forwards(name: str, other: dict[str, Any]) -> None:
+def test_gradient_checkpointing_through_two_forwards(
+    name: str, other: dict[str, Any], options: dict[str, float]
+) -> None:
     """The backward would compute the first forward again with the second one's grid, lengths or schedule."""
     tiny = models.TINY[name]
     model = tiny.build().train()
-    enable_draft_attention(model, sparsity=0.8)
+    enable_draft_attention(model, sparsity=0.8, **options)
     expected = gradients(model, tiny.inputs(**other))
     model.enable_gradient_checkpointing()
     with pytest.raises(RuntimeError, match="2 forwards ran before this backward"):
         gradients(model, tiny.inputs(), tiny.inputs(**other))
     model.zero_grad()
     disable_draft_attention(model)
-    enable_draft_attention(model, sparsity=0.8)
+    enable_draft_attention(model, sparsity=0.8, **options)
     for _ in range(2):
         assert_close(gradients(model, tiny.inputs(**other)), expected)
 

@@ -6,7 +6,7 @@ from models import RAGGED, TINY, attention_replaced, error, forward, processors
 from packaging.version import Version
 from torch import Tensor
 
-from diffusers_draft import DraftConfig, attach, draft_attention, enable_draft_attention
+from diffusers_draft import DraftConfig, dispatch, draft_attention, enable_draft_attention
 from diffusers_draft.families import families, family_of
 
 pytestmark = pytest.mark.usefixtures("nan_memory")
@@ -98,8 +98,8 @@ def test_every_chosen_layer_is_routed_and_no_other(name: str, monkeypatch: pytes
         out, counts = attend(*arguments)
         return torch.zeros_like(out), counts
 
-    attend = attach.attend
-    monkeypatch.setattr(attach, "attend", marked)
+    attend = dispatch.attend
+    monkeypatch.setattr(dispatch, "attend", marked)
     for dense in ((), (0,), (1, len(tiny.layers) - 1), tuple(range(len(tiny.layers)))):
         calls.clear()
         chosen = tuple(path for index, path in enumerate(tiny.layers) if index not in dense)

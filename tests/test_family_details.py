@@ -4,6 +4,7 @@ import gc
 import math
 import warnings
 import weakref
+from types import SimpleNamespace
 from typing import Any
 
 import diffusers
@@ -11,11 +12,13 @@ import models
 import pytest
 import torch
 from diffusers import DDIMScheduler, FlowMatchEulerDiscreteScheduler
-from models import TINY, Loop, error, forward, patched
+from models import TINY, Loop, error, forward, patched, processors
 from tiny_cross import raster
 
 from diffusers_draft import enable_draft_attention, layout
-from diffusers_draft.families.coordinates import videos
+from diffusers_draft.families import coordinates
+from diffusers_draft.families.coordinates import from_arguments, videos
+from diffusers_draft.families.kandinsky import KANDINSKY6
 
 EVERYWHERE = dict(dense_layers=(), dense_steps=0)
 LTX, COGVIDEOX = "LTXVideoTransformer3DModel", "CogVideoXTransformer3DModel"
@@ -39,14 +42,43 @@ def test_videos_between_conditions() -> None:
     assert reports(found) == [((2, 3, 4), 0), ((1, 2, 2), 24), ((4, 3, 4), 28), ((1, 3, 4), 76)]
 
 
-def test_coordinates_are_read_once() -> None:
-    tiny = TINY["LTXVideoTransformer3DModel conditions"]
-    model, inputs = tiny.build(), tiny.inputs()
-    handle = enable_draft_attention(model, sparsity=0.5)
-    forward(model, inputs)
-    inputs["video_coords"].zero_()  # which would make another grid of them
-    forward(model, inputs)
-    assert handle.report().transformers[0].grid == models.RAGGED
+@pytest.mark.skipif(not hasattr(diffusers, "LTX2DFRPipeline"), reason="this diffusers has no LTX2DFRPipeline")
+@pytest.mark.parametrize("slots", [(16,), (16, 0), (8, 16), (15,), (1, 9)])
+def test_keyframes_of_dfr_are_no_frames_of_the_video(slots: tuple[int, ...]) -> None:
+    """With upstream's coordinates of both; pixel frame 16 is the last one of three latent frames."""
+    model = TINY["LTX2VideoTransformer3DModel"].build()
+    sizes = dict(transformer_spatial_patch_size=1, transformer_temporal_patch_size=1)
+    ratios = dict(vae_temporal_compression_ratio=8, vae_spatial_compression_ratio=32)
+    coords = [model.rope.prepare_video_coords(1, 3, 4, 5, torch.device("cpu"), fps=25.0)]
+    coords += [
+        diffusers.LTX2DFRPipeline._prepare_keyframe_coords(
+            SimpleNamespace(**sizes, **ratios), 1, 4, 5, slot, 1, 25.0, torch.device("cpu")
+        )
+        for slot in slots
+    ]
+    video = from_arguments(
+        {"hidden_states": torch.zeros(1, 20 * (3 + len(slots)), 4), "video_coords": torch.cat(coords, dim=2)}, None
+    )
+    assert reports([video]) == [((3, 4, 5), 0)]
+
+
+@pytest.mark.parametrize("inference", [False, True])
+def test_coordinates_are_read_once_and_when_they_change(inference: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    reads = []
+    monkeypatch.setattr(coordinates, "videos", lambda coords: reads.append(coords) or videos(coords))
+    with torch.inference_mode(inference):
+        tokens, coords = torch.zeros(1, 60, 4), raster((3, 4, 5))[None]
+        for _ in range(2):
+            assert reports([from_arguments({"hidden_states": tokens, "video_coords": coords}, None)]) == [
+                ((3, 4, 5), 0)
+            ]
+    assert len(reads) == 1
+    if not inference:
+        coords.copy_(raster((5, 3, 4)))
+        assert reports([from_arguments({"hidden_states": tokens, "video_coords": coords}, None)]) == [((5, 3, 4), 0)]
+    with torch.inference_mode(inference):
+        other = raster((5, 3, 4))[None]
+        assert reports([from_arguments({"hidden_states": tokens, "video_coords": other}, None)]) == [((5, 3, 4), 0)]
 
 
 @pytest.mark.parametrize("sizes", [(None, None, None), (1, 1, 1), (3, 13, 18)])
@@ -114,6 +146,22 @@ def test_allegro_with_a_mask_over_its_video_runs_dense_and_is_counted() -> None:
     assert handle.report().transformers[0].dense_calls["mask"] == 2
 
 
+@pytest.mark.skipif(not hasattr(diffusers, "MotifVideoTransformer3DModel"), reason="this diffusers has no Motif-Video")
+@pytest.mark.parametrize("gaps", [("000011111111", "111111110000"), ("111111111111", "111001111000")])
+def test_motif_video_with_gaps_in_its_text_runs_dense_and_is_counted(gaps: tuple[str, str]) -> None:
+    tiny = TINY["MotifVideoTransformer3DModel"]
+    model, inputs = tiny.build(), tiny.inputs(2)
+    right_padded = forward(model, inputs)
+    inputs["encoder_attention_mask"] = torch.tensor([[int(digit) for digit in row] for row in gaps])
+    stock = forward(model, inputs)
+    assert error(stock, right_padded) > 1e-4
+    handle = enable_draft_attention(model, sparsity=0.8, dense_layers=(3,))  # the decoder's, which sees no text
+    assert torch.equal(forward(model, inputs), stock)
+    assert handle.report().transformers[0].dense_calls["mask"] == 3
+    assert error(forward(model, tiny.inputs(2)), right_padded) > 1e-4
+    assert handle.report().transformers[0].dense_calls["mask"] == 3
+
+
 def test_cosmos_control_network_is_a_component_of_its_own() -> None:
     if "CosmosControlNetModel" not in TINY:
         pytest.skip("this diffusers has no CosmosControlNetModel")
@@ -127,6 +175,15 @@ def test_cosmos_control_network_is_a_component_of_its_own() -> None:
     assert [report.component for report in found] == ["transformer", "controlnet"]
     # Both get the timestep in units that are not the scheduler's, and it must not be looked for among its timesteps.
     assert [report.forwards for report in found] == [{"dense": 1, "sparse": 0}] * 2
+
+
+@pytest.mark.parametrize(
+    ("types", "frames"), [([[0, 0, 0, 1]], 3), ([[0, 0, 1, 1], [0, 0, 0, 1]], 2), ([[0, 1, 0, 0]], 4), ([[1] * 4], 4)]
+)
+def test_frames_of_another_type_behind_the_video_are_references(types: list[list[int]], frames: int) -> None:
+    inputs = {"hidden_states": torch.zeros(len(types), 4, 6, 10, 1), "visual_token_type_ids": torch.tensor(types)}
+    video = KANDINSKY6.video(inputs, SimpleNamespace(patch_size=(1, 2, 2)))
+    assert reports([video]) == [((frames, 3, 5), 0)]
 
 
 # Replaced processors
@@ -152,17 +209,50 @@ def test_projections_fused_while_enabled_are_noticed() -> None:
         forward(model, inputs)
 
 
-def test_projections_unfused_after_disabling_are_dense() -> None:
-    """Unfusing puts our processors back, which diffusers had kept."""
+@pytest.mark.parametrize("again", [False, True], ids=["disabled", "enabled again"])
+def test_projections_unfused_after_a_change_are_stock(again: bool) -> None:
+    """Unfusing puts back what diffusers had kept: our processors of before, whose time is over."""
+    tiny = TINY[COGVIDEOX]
+    model, inputs = tiny.build(), tiny.inputs()
+    stock, before = forward(model, inputs), processors(model)
+    handle = enable_draft_attention(model, sparsity=0.8)
+    sparse = forward(model, inputs)
+    assert not torch.equal(sparse, stock)
+    model.fuse_qkv_projections()
+    handle = enable_draft_attention(model, sparsity=0.7) if again else handle
+    handle.disable()
+    model.unfuse_qkv_projections()
+    assert processors(model) == before
+    assert torch.equal(forward(model, inputs), stock)
+    enable_draft_attention(model, sparsity=0.8)
+    assert torch.equal(forward(model, inputs), sparse)
+
+
+def test_our_processors_that_somebody_put_back_can_be_replaced() -> None:
     tiny = TINY[COGVIDEOX]
     model, inputs = tiny.build(), tiny.inputs()
     stock = forward(model, inputs)
     handle = enable_draft_attention(model, sparsity=0.8)
-    assert not torch.equal(forward(model, inputs), stock)
-    model.fuse_qkv_projections()
+    sparse, kept = forward(model, inputs), model.attn_processors
     handle.disable()
-    model.unfuse_qkv_projections()
+    model.set_attn_processor(kept)
     assert torch.equal(forward(model, inputs), stock)
+    handle = enable_draft_attention(model, sparsity=0.8)
+    assert torch.equal(forward(model, inputs), sparse)
+    handle.disable()
+    assert not patched(model)
+    assert torch.equal(forward(model, inputs), stock)
+
+
+def test_fusing_projections_of_consisid_changes_nothing() -> None:
+    """Its upstream method looks for attention of another class than its own."""
+    tiny = TINY["ConsisIDTransformer3DModel"]
+    model, inputs = tiny.build(), tiny.inputs()
+    enable_draft_attention(model, sparsity=0.8)
+    sparse, before = forward(model, inputs), processors(model)
+    model.fuse_qkv_projections()
+    assert processors(model) == before
+    assert torch.equal(forward(model, inputs), sparse)
 
 
 def test_projections_fused_before_are_sparse() -> None:
@@ -221,6 +311,43 @@ def test_schedulers_of_single_families(name: str, scheduler: str) -> None:
             forward(pipe.components["transformer"], tiny.inputs(grid=(1, 8, 16), timestep=timestep))
     dense = 2 * round(len(timesteps) / 4)
     assert handle.report().transformers[0].forwards == {"dense": dense, "sparse": 2 * len(timesteps) - dense}
+
+
+@pytest.mark.skipif(not hasattr(diffusers, "HeliosDMDScheduler"), reason="this diffusers has no Helios")
+def test_distilled_scheduler_of_helios() -> None:
+    """It counts no steps, and each stage of the pyramid is a run."""
+    tiny = TINY["HeliosTransformer3DModel first chunk"]
+    pipe = Loop(diffusers.HeliosDMDScheduler(stages=2, stage_range=[0, 0.5, 1]), transformer=tiny.build())
+    handle = enable_draft_attention(pipe, dense_steps=0.5)
+    for stage in range(2):
+        pipe.scheduler.set_timesteps(4, stage)
+        for timestep in pipe.scheduler.timesteps:
+            for _ in ("cond", "uncond"):
+                forward(pipe.components["transformer"], tiny.inputs(grid=(1, 8, 16), timestep=int(timestep)))
+    assert pipe.scheduler.step_index is None
+    assert handle.report().transformers[0].steps == {"dense": 4, "sparse": 4}
+    assert handle.report().transformers[0].forwards == {"dense": 8, "sparse": 8}
+
+
+def test_enabled_in_the_middle_of_a_run_whose_scheduler_counts_no_steps() -> None:
+    """The share is then one of the six steps that are left."""
+    tiny = TINY[COGVIDEOX]
+    pipe = Loop(DDIMScheduler(), transformer=tiny.build())
+    pipe.scheduler.set_timesteps(8)
+    handle = enable_draft_attention(pipe, dense_steps=0.5)
+    for timestep in pipe.scheduler.timesteps[2:]:
+        forward(pipe.components["transformer"], tiny.inputs(grid=(1, 8, 16), timestep=int(timestep)))
+    assert handle.report().transformers[0].steps == {"dense": 3, "sparse": 3}
+
+
+def test_timesteps_of_other_units_are_not_looked_for_in_a_scheduler_that_counts_no_steps() -> None:
+    tiny = TINY["CosmosTransformer3DModel"]
+    pipe = Loop(DDIMScheduler(), transformer=tiny.build())
+    handle = enable_draft_attention(pipe, dense_steps=0.5)
+    pipe.scheduler.set_timesteps(8)
+    with pytest.warns(UserWarning, match=r"without a step_index.*So no step is dense"):
+        forward(pipe.components["transformer"], tiny.inputs(grid=(1, 8, 16)))
+    assert handle.report().transformers[0].forwards == {"dense": 0, "sparse": 1}
 
 
 def test_a_transformer_alone_has_no_dense_steps_by_default() -> None:

@@ -144,3 +144,19 @@ def test_default_schedule(name: str) -> None:
     assert error(sparse, stock) > 1e-5
     assert torch.equal(run(pipe), sparse)
     assert handle.report().transformers[0].steps == {"dense": 2, "sparse": 6}
+
+
+def test_under_diffusion_forcing_the_noisiest_frame_tells_the_step() -> None:
+    """Three latent frames, each one step behind the one before: the last one's second step is the forward's fourth."""
+    pipe = skyreels()
+    handle = enable_draft_attention(pipe)
+    noisiest: list[float] = []
+    pipe.transformer.register_forward_pre_hook(
+        lambda module, args, kwargs: noisiest.append(float(kwargs["timestep"].max())), with_kwargs=True
+    )
+    sizes = dict(prompt=None, height=32, width=32, num_frames=9, base_num_frames=9)
+    generate(pipe, **sizes, steps=8, ar_step=1, causal_block_size=1)
+    assert len(noisiest) == 2 * (8 + 2)
+    dense = sum(timestep > pipe.scheduler.timesteps[2] for timestep in noisiest)
+    assert dense == 2 * 4
+    assert handle.report().transformers[0].forwards == {"dense": dense, "sparse": len(noisiest) - dense}

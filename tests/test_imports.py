@@ -13,23 +13,47 @@ EDGES = ("__main__", "cli", "demo", "bench", "generation", "evaluation")
 
 ALLOWED = {
     "": {"api", "attention", "config"},
-    "api": {"attach", "config", "families", "families.unsupported", "report", "schedule", "shadow"},
-    "attach": {"attention", "config", "families", "schedule", "shadow"},
+    "api": {
+        "attach",
+        "config",
+        "families",
+        "families.unsupported",
+        "layers",
+        "report",
+        "schedule",
+        "shadow",
+        "splitting",
+    },
+    "attach": {"attention", "config", "dispatch", "families", "layers", "schedule", "splitting"},
     "attention": {"block_mask", "config", "draft", "kernels", "layout", "plain", "select"},
     "block_mask": set(),
     "config": {"kernels", "select"},
+    "dispatch": {"attention", "config", "ulysses"},
     "draft": set(),
+    "layers": {"families", "shadow"},
     "layout": set(),
+    "parallel": {"api", "attach", "families", "layers", "splitting", "ulysses"},
     "plain": {"block_mask", "draft", "layout", "select"},
     "report": {"attach", "block_mask", "config", "kernels"},
     "schedule": set(),
     "shadow": {"families"},
     "select": {"block_mask"},
+    "splitting": {"config", "dispatch", "families", "layers", "shadow", "ulysses"},
+    "ulysses": {"layout"},
     "fused": {"fused.*"},
     "fused.*": {"block_mask", "layout", "select"},
     "families": {"layout"},
     "families.table": {"families"},
-    "families.*": {"families", "families.coordinates", "families.latents", "families.processors.*", "layout"},
+    "families.*": {
+        "families",
+        "families.coordinates",
+        "families.latents",
+        "families.padding",
+        "families.processors.*",
+        "families.reading",
+        "families.splits",
+        "layout",
+    },
     "families.processors": set(),
     "families.processors.*": set(),
     "kernels": {"block_mask", "kernels.probe"},
@@ -43,7 +67,7 @@ BACKEND_PACKAGES = {
     "kernels.fa4": {"flash_attn"},
     "kernels.block_sparse_attn": {"block_sparse_attn"},
 }
-USES_DIFFUSERS = ("api", "attach", "families", *EDGES)
+USES_DIFFUSERS = ("api", "attach", "families", "parallel", *EDGES)
 
 
 def modules() -> dict[str, Path]:

@@ -11,12 +11,14 @@ from diffusers import (
     DDIMScheduler,
     FlowMatchEulerDiscreteScheduler,
     FlowMatchHeunDiscreteScheduler,
+    PNDMScheduler,
+    WanPipeline,
     WanVideoToVideoPipeline,
 )
 from models import Loop, run_hunyuan_video, run_wan
 from PIL import Image
 
-from diffusers_draft import DraftHandle, attach, enable_draft_attention
+from diffusers_draft import DraftHandle, dispatch, enable_draft_attention
 
 SMALL = (1, 8, 16)
 """One block: what is dense here is decided by the schedule alone."""
@@ -303,13 +305,32 @@ def test_transformer_outlives_its_pipeline() -> None:
 
 
 def test_dense_steps_outlive_their_pipeline() -> None:
-    """The share of a run is not known any more, so the family's default holds."""
+    """Other pipelines of the same parts have the same scheduler."""
     handle, components = patched_without_pipeline(dense_steps=0.5)
     gc.collect()
     seen = watch(handle, components["transformer"])
-    for timestep in (950, 500):
-        wan_forward(components["transformer"], timestep)
-    assert seen == [True, False]
+    pipe = WanPipeline(**components)
+    for steps in (4, 6):
+        run_wan(pipe, grid=SMALL, steps=steps, guidance_scale=1.0)
+    assert seen == [True] * 2 + [False] * 2 + [True] * 3 + [False] * 3
+
+
+@pytest.mark.parametrize("scheduler", [None, PNDMScheduler()])
+@pytest.mark.parametrize(("options", "dense"), [({}, [True, False]), (dict(dense_timestep=math.inf), [False, False])])
+def test_dense_steps_that_nothing_tells_warn_once(
+    scheduler: Any, options: dict[str, float], dense: list[bool], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Without a scheduler, and with one that has no timesteps yet: the family's timestep decides, if there is one."""
+    transformer = models.wan()
+    handle = enable_draft_attention(Loop(scheduler, transformer=transformer), dense_steps=0.5, **options)
+    seen = watch(handle, transformer)
+    reads = count_reads(monkeypatch)
+    with pytest.warns(UserWarning, match=r"dense_steps=0\.5 is a share.*nothing tells the step") as caught:
+        for timestep in (950, 500):
+            wan_forward(transformer, timestep)
+    assert len(caught) == 1
+    assert seen == dense
+    assert reads["__float__"] == (0 if options else 2)
 
 
 def count_reads(monkeypatch: pytest.MonkeyPatch) -> Counter[str]:
@@ -363,7 +384,7 @@ def test_forward_hook_reads_nothing_on_the_device(name: str, monkeypatch: pytest
         return query, torch.ones(2, 2, 6)
 
     calls: list[torch.Tensor] = []
-    monkeypatch.setattr(attach, "attend", attend)
+    monkeypatch.setattr(dispatch, "attend", attend)
     for timestep in loop.scheduler.timesteps:
         with torch.no_grad():
             transformer(**inputs)

@@ -55,6 +55,23 @@ def test_no_family_is_among_them() -> None:
         assert reason_against(cls.__new__(cls)) is None, cls
 
 
+@pytest.mark.parametrize(
+    ("name", "reason"),
+    [
+        ("HunyuanDiT2DModel", "makes images"),
+        ("LuminaNextDiT2DModel", "makes images"),
+        ("FluxTransformer2DModel", "makes images"),
+        ("UVit2DModel", "makes images"),
+        ("PriorTransformer", "an embedding of an image"),
+        ("UNet2DModel", "is a UNet"),
+        ("I2VGenXLUNet", "is a UNet"),
+    ],
+)
+def test_reason_for_class(name: str, reason: str) -> None:
+    cls: Any = getattr(diffusers, name)
+    assert reason in (reason_against(cls.__new__(cls)) or "")
+
+
 def test_names_exist() -> None:
     names = [name for name in REASONS if "*" not in name and hasattr(diffusers, name)]
     assert {"LatteTransformer3DModel", "SanaVideoTransformer3DModel", "TransformerTemporalModel"} <= set(names)

@@ -100,9 +100,24 @@ def ltx2_inputs(batch: int = 1, grid: Grid = RAGGED, timestep: float = 500, *, a
 ltx2_keyframe_inputs = functools.partial(ltx2_inputs, appended=30)
 
 
+def ltx2_slot_coords(grid: Grid, slots: tuple[int, ...]) -> Tensor:
+    """`(3, S, 2)` begins and ends of a video, whose frame 0 is one pixel frame and the others eight, and of slots."""
+    coords = raster(grid)
+    begins, ends = (8 * coords[0] - 7).clamp(min=0), 8 * coords[0] + 1
+    places = coords[1:, : grid[1] * grid[2]]
+    at = torch.tensor(slots).repeat_interleave(places.shape[1])
+    times = torch.stack([torch.cat([begins, at]), torch.cat([ends, at + 1])], dim=-1) / 24
+    places = torch.cat([coords[1:], places.repeat(1, len(slots))], dim=1)
+    return torch.cat([times[None], 32 * torch.stack([places, places + 1], dim=-1)])
+
+
 def ltx2_refined_inputs(batch: int = 1, grid: Grid = RAGGED, timestep: float = 500) -> Inputs:
-    """As LTX2DFRPipeline, which gives no grid."""
-    return ltx2_keyframe_inputs(batch, grid, timestep) | dict(num_frames=None, height=None, width=None)
+    """As LTX2DFRPipeline, which gives no grid: behind the video its last pixel frame and one before, as slots."""
+    frames, rows, columns = grid
+    inputs = ltx2_inputs(batch, grid, timestep, appended=2 * rows * columns)
+    coords = ltx2_slot_coords(grid, slots=(8 * frames - 8, 8 * frames - 16))
+    no_grid = dict(num_frames=None, height=None, width=None)
+    return inputs | no_grid | {"video_coords": coords.expand(batch, -1, -1, -1)}
 
 
 def kandinsky5_inputs(batch: int = 1, grid: Grid = RAGGED, timestep: float = 500) -> Inputs:
@@ -120,6 +135,16 @@ def kandinsky6_inputs(batch: int = 1, grid: Grid = RAGGED, timestep: float = 500
     inputs = kandinsky5_inputs(batch, grid, timestep)
     del inputs["visual_rope_pos"], inputs["text_rope_pos"]
     return inputs | {"audio_hidden_states": random(batch, 5, 4)}
+
+
+def kandinsky6_reference_inputs(batch: int = 1, grid: Grid = RAGGED, timestep: float = 500) -> Inputs:
+    """As Kandinsky6TI2VAPipeline with an image: a frame behind the video, at the place of the first."""
+    frames, rows, columns = grid
+    types = torch.tensor([0] * frames + [1])
+    return kandinsky6_inputs(batch, (frames + 1, rows, columns), timestep) | {
+        "visual_token_type_ids": types.expand(batch, -1),
+        "visual_rope_pos": (torch.arange(frames + 1) % frames, torch.arange(rows), torch.arange(columns)),
+    }
 
 
 def cosmos_inputs(batch: int = 1, grid: Grid = RAGGED, timestep: float = 500) -> Inputs:
@@ -178,6 +203,9 @@ _KANDINSKY = dict(
     num_visual_blocks=3,
     axes_dims=(4, 6, 6),
 )
+_KANDINSKY6 = _KANDINSKY | dict(
+    visual_cond=False, in_audio_dim=4, out_audio_dim=4, cross_gates=True, fix_modulation=True
+)
 _COSMOS = _HEADS | dict(
     in_channels=4,
     out_channels=4,
@@ -216,6 +244,7 @@ TINY = {
     ),
     **family("LTX2VideoTransformer3DModel", _LTX2, ltx2_inputs, _LTX_LAYERS),
     **family("LTX2VideoTransformer3DModel", _LTX2, ltx2_keyframe_inputs, _LTX_LAYERS, " keyframes"),
+    **family("LTX2VideoTransformer3DModel", _LTX2 | dict(rope_type="split"), ltx2_inputs, _LTX_LAYERS, " split rope"),
     **family("LTX2VideoTransformer3DModel", _LTX2, ltx2_refined_inputs, _LTX_LAYERS, " coordinates"),
     **family(
         "Kandinsky5Transformer3DModel",
@@ -226,9 +255,16 @@ TINY = {
     ),
     **family(
         "Kandinsky6Transformer3DModel",
-        _KANDINSKY | dict(visual_cond=False, in_audio_dim=4, out_audio_dim=4, cross_gates=True, fix_modulation=True),
+        _KANDINSKY6,
         kandinsky6_inputs,
         {"visual_transformer_blocks.*.video_dec_block.self_attention": 3},
+    ),
+    **family(
+        "Kandinsky6Transformer3DModel",
+        _KANDINSKY6 | dict(visual_token_type_num_embeddings=2),
+        kandinsky6_reference_inputs,
+        {"visual_transformer_blocks.*.video_dec_block.self_attention": 3},
+        " reference",
     ),
     **family("CosmosTransformer3DModel", _COSMOS, cosmos_inputs, {"transformer_blocks.*.attn1": 3}),
     **family(

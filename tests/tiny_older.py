@@ -42,6 +42,13 @@ def mochi_inputs(batch: int = 1, grid: Grid = RAGGED, timestep: float = 500) -> 
     }
 
 
+def mochi_gap_inputs(batch: int = 1, grid: Grid = RAGGED, timestep: float = 500) -> Inputs:
+    """Padding in front of a text and between two, with fewer and with more valid tokens than lie in front."""
+    rows = ("001110111100", "111001100000")[:batch]
+    mask = torch.tensor([[int(digit) for digit in row] for row in rows])
+    return mochi_inputs(batch, grid, timestep) | {"encoder_attention_mask": mask}
+
+
 def allegro_inputs(batch: int = 1, grid: Grid = RAGGED, timestep: float = 500) -> Inputs:
     return mochi_inputs(batch, grid, timestep)
 
@@ -122,6 +129,7 @@ TINY: dict[str, Any] = {
     ),
     **family("ConsisIDTransformer3DModel", _COGVIDEOX, cogvideox_inputs, _LAYERS, prefix=TEXT_SLOTS),
     **family("MochiTransformer3DModel", _MOCHI, mochi_inputs, _LAYERS),
+    **family("MochiTransformer3DModel", _MOCHI, mochi_gap_inputs, _LAYERS, case=" gaps"),
     **family("AllegroTransformer3DModel", _ALLEGRO, allegro_inputs, _LAYERS),
     **family("EasyAnimateTransformer3DModel", _EASYANIMATE, easyanimate_inputs, _LAYERS, prefix=TEXT_SLOTS + 5),
     **family(

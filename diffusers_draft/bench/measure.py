@@ -2,12 +2,14 @@
 
 import datetime
 import importlib.metadata
+import math
 import platform
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
+import torch.distributed as dist
 from torch.utils.benchmark import Timer
 
 
@@ -22,10 +24,20 @@ class Time:
 
 
 def measure(call: Callable[[], object], seconds: float = 1.0) -> Time:
-    """Times a call after warming up, waiting for the device around every block of runs."""
+    """Times a call after warming up, waiting for the device around every block of runs.
+
+    In a group of processes all of them make the same calls, whose exchanges would not meet otherwise.
+    """
     for _ in range(2):
         call()
     timer = Timer("call()", globals={"call": call}, num_threads=torch.get_num_threads())
+    if dist.is_initialized():
+        first = torch.tensor(timer.timeit(1).mean, device=torch.accelerator.current_accelerator(check_available=True))
+        dist.broadcast(first, 0)
+        runs = max(3, math.ceil(seconds / first.item()))
+        times = torch.tensor([timer.timeit(1).mean for _ in range(runs)]) * 1e3
+        low, median, high = times.quantile(torch.tensor([0.25, 0.5, 0.75])).tolist()
+        return Time(median, low, high, runs)
     result = timer.blocked_autorange(min_run_time=seconds)
     low, high = (float(torch.tensor(result.times).quantile(q)) * 1e3 for q in (0.25, 0.75))
     return Time(result.median * 1e3, low, high, len(result.times) * result.number_per_run)

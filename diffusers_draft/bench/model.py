@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.functional import scaled_dot_product_attention
 
-from .. import attach
+from .. import dispatch
 from ..api import enable_draft_attention
 from ..config import Budget
 from ..families import family_of
@@ -154,8 +154,12 @@ def run(
     compiled: bool,
     device: torch.device,
     seconds: float,
+    split: Callable[[nn.Module], None] = lambda transformer: None,
 ) -> Iterator[Step]:
-    """Measures attention as diffusers ships it, none at all, the best dense kernels, and draft attention."""
+    """Measures attention as diffusers ships it, none at all, the best dense kernels, and draft attention.
+
+    `split` gets the transformer before anything is measured, to split it over GPUs.
+    """
     model = MODELS[name]
     dtype = torch.bfloat16
     torch.set_default_dtype(dtype)
@@ -165,6 +169,7 @@ def run(
     finally:
         torch.set_default_dtype(torch.float32)
     inputs = model.inputs(SHAPES[model.shape], device, dtype)
+    split(transformer)
     if compiled:
         transformer.compile_repeated_blocks(fullgraph=True)
 
@@ -174,7 +179,7 @@ def run(
     options: dict[str, Any] = {"dense_steps": 0, "dense_layers": ()}
     yield step("diffusers default")
     for kernel in ("no", *_dense_kernels()):
-        with mock.patch.object(attach, "attend", _through(kernel)), enable_draft_attention(transformer, **options):
+        with mock.patch.object(dispatch, "attend", _through(kernel)), enable_draft_attention(transformer, **options):
             yield step(NO_ATTENTION if kernel == "no" else f"dense {kernel}")
     sparsity = model.sparsity if sparsity is None else sparsity
     with enable_draft_attention(transformer, sparsity, budget=budget, backend=backend, **options) as handle:

@@ -17,6 +17,7 @@ from ..bench.summary import plot_sweep, speed_page, speed_section
 from ..bench.table import format_table, plot
 from ..config import DraftConfig, check_grid
 from . import CommandError
+from .ranks import Ranks, add_ulysses, together
 
 
 def add_parser(subparsers) -> None:
@@ -60,6 +61,7 @@ def _add_model(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--steps", type=int, default=50, help="steps of the run to predict")
     parser.add_argument("--seconds", type=float, default=2.0, help="least time to measure each forward")
     parser.add_argument("--json", type=Path, help="write the results to this file")
+    add_ulysses(parser)
     parser.set_defaults(run=run_model)
 
 
@@ -105,12 +107,17 @@ def run_attention(args: argparse.Namespace) -> None:
 def run_model(args: argparse.Namespace) -> None:
     if not torch.cuda.is_available():
         raise CommandError("bench model needs a CUDA GPU: a real transformer's step takes minutes on a CPU.")
+    with together(args.ulysses) as ranks:
+        _run_model(args, ranks)
+
+
+def _run_model(args: argparse.Namespace, ranks: Ranks) -> None:
     device = torch.device("cuda")
     facts = environment(device)
     print(", ".join(f"{key} {value}" for key, value in facts.items()))
     options = {"sparsity": args.sparsity, "budget": args.budget, "backend": args.backend, "compiled": args.compile}
     steps = []
-    for step in model.run(args.model, device=device, seconds=args.seconds, **options):
+    for step in model.run(args.model, device=device, seconds=args.seconds, split=ranks.split, **options):
         steps.append(step)
         blocks = ", ".join(f"{path} {cost:.2f}" for path, cost in step.block_ms.items())
         print(f"{step.name:20s} step {step.step_ms:9.1f} ms   blocks: {blocks} ms   memory {step.memory_gib:.2f} GiB")
@@ -120,7 +127,8 @@ def run_model(args: argparse.Namespace) -> None:
         f"{prediction['dense_steps']} of them dense: {prediction['draft_s']:.0f} s instead of "
         f"{prediction['dense_s']:.0f} s ({prediction['run_speedup']:.2f}x)"
     )
-    if args.json:
+    if args.json and ranks.first:
+        options |= {"ulysses": args.ulysses} if args.ulysses > 1 else {}
         record = {"environment": facts, "model": args.model, "options": options, "prediction": prediction}
         record["steps"] = [asdict(step) for step in steps]
         args.json.write_text(json.dumps(record, indent=1) + "\n")

@@ -7,6 +7,7 @@ from typing import Any
 from .. import DraftConfig, enable_draft_attention
 from . import CommandError, one_line
 from .model_options import add_model_options, call, check_packages, image, loaded
+from .ranks import Ranks, add_ulysses, together
 
 
 def add_parser(subparsers: argparse._SubParsersAction) -> None:
@@ -17,6 +18,7 @@ def add_parser(subparsers: argparse._SubParsersAction) -> None:
         description="Generates a video with draft attention and prints what draft attention did.",
     )
     add_model_options(parser)
+    add_ulysses(parser)
     parser.add_argument("--prompt", required=True, help="what the video shall show")
     parser.add_argument("--seed", type=int, default=0, help="of the noise (default: 0)")
     parser.add_argument("--sparsity", type=float, default=0.9, help="share of the block pairs to skip (default: 0.9)")
@@ -38,6 +40,11 @@ def run(args: argparse.Namespace) -> None:
             are kept and the message says where.
     """
     check_packages("generate", "imageio", "imageio_ffmpeg", "transformers", "ftfy")
+    with together(args.ulysses) as ranks:
+        _run(args, ranks)
+
+
+def _run(args: argparse.Namespace, ranks: Ranks) -> None:
     from ..generation.run import call_arguments
     from ..generation.run import run as run_pipeline
     from ..generation.video import check_writable
@@ -46,14 +53,18 @@ def run(args: argparse.Namespace) -> None:
         config = DraftConfig(
             sparsity=args.sparsity, budget=args.budget, dense_steps=args.dense_steps, backend=args.backend
         )
-        check_writable(args.output)
+        if ranks.first:
+            check_writable(args.output)
     start = image(args)
     pipe = loaded(args)
     with one_line(ValueError, ImportError, RuntimeError):
         arguments = call_arguments(pipe, prompt=args.prompt, seed=args.seed, image=start, **call(args))
+        ranks.split(pipe)
         handle = None if args.dense else enable_draft_attention(pipe, config=config)
         clip = run_pipeline(pipe, arguments)
     print(handle.report() if handle else "dense: draft attention was left out")
+    if not ranks.first:
+        return
     print(f"Denoising took {clip.denoising_seconds:.1f} s, the whole call {clip.seconds:.1f} s.")
     _write(clip.frames, args.output, args.fps)
     print(f"Wrote {args.output}.")

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .. import attach, kernels, plain
+from .. import dispatch, kernels, plain
 from ..config import DraftConfig
 from ..layout import token_layout
 from .selection import SELECTIONS, Call, chosen
@@ -19,12 +19,12 @@ Attend = Callable[..., tuple[Tensor, Tensor]]
 @contextmanager
 def attending(attend: Attend) -> Iterator[None]:
     """Calls `attend` wherever draft attention is enabled and runs sparse. The model must not be compiled."""
-    stock = attach.attend
-    attach.attend = attend
+    stock = dispatch.attend
+    dispatch.attend = attend
     try:
         yield
     finally:
-        attach.attend = stock
+        dispatch.attend = stock
 
 
 def ordered_call(

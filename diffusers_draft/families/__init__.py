@@ -34,6 +34,24 @@ def anything(config: Any) -> None:
 
 
 @dataclass(frozen=True, kw_only=True)
+class Split:
+    """How the tokens of one forward are split over GPUs (Ulysses).
+
+    Attributes:
+        plan: diffusers' context-parallel plan, from the model's config: what is split and gathered at which module.
+        whole_text: whether the tokens behind the video in its self-attention stay whole on every rank.
+        others: paths of other attention layers whose keys are split, with `*` for the index; diffusers' own exchange
+            serves them.
+        check: raises ValueError for a model whose config cannot be split.
+    """
+
+    plan: Callable[[Any], dict[str, Any]]
+    whole_text: bool = False
+    others: tuple[str, ...] = ()
+    check: Callable[[Any], None] = anything
+
+
+@dataclass(frozen=True, kw_only=True)
 class Family:
     """What differs between transformer classes.
 
@@ -53,6 +71,7 @@ class Family:
         dense_steps: share of a run's steps, from its start, that stays dense by default where no timestep is known
             to be best; a transformer without a pipeline does not know its run, and no step of it is dense then.
         scheduler_units: whether the model gets timesteps as its scheduler counts them.
+        split: how to split it over GPUs, or the reason why that does not work.
         text: where text and other tokens meet the video, for the table in README.
         notes: what else a user should know, likewise.
     """
@@ -69,6 +88,7 @@ class Family:
     dense_timestep: float = math.inf
     dense_steps: float | None = None
     scheduler_units: bool = True
+    split: Split | str
     text: str
     notes: str = ""
 

@@ -11,5 +11,6 @@ ANYFLOW = Family(
     video=frames_first,
     dense_layers=("blocks.0.attn1",),
     dense_steps=0.25,
+    split="every token has its own timestep embedding, and diffusers has no plan that splits those",
     text="cross-attention",
 )

@@ -1,6 +1,6 @@
 """ChronoEdit: Wan's layout; the number of frames drops in the middle of a run."""
 
-from . import Family
+from . import Family, splits
 from .latents import channels_first
 
 CHRONOEDIT = Family(
@@ -11,5 +11,6 @@ CHRONOEDIT = Family(
     video=channels_first,
     dense_layers=("blocks.0.attn1",),
     dense_steps=0.25,
+    split=splits.WAN,
     text="cross-attention",
 )

@@ -4,14 +4,12 @@ import dataclasses
 from typing import Any
 
 from . import Family, Inputs, VideoTokens
-from .latents import patch_of, patched
+from .latents import frames_first
 
 
 def video(inputs: Inputs, config: Any) -> VideoTokens:
     """Text, then tokens of `hidden_states` `(B, F, C, H, W)` (cogvideox_transformer_3d.py `forward`)."""
-    frames, _, rows, columns = inputs["hidden_states"].shape[1:]
-    grid = patched((frames, rows, columns), patch_of(config))
-    return VideoTokens(grid=grid, prefix=inputs["encoder_hidden_states"].shape[1])
+    return VideoTokens(grid=frames_first(inputs, config).grid, prefix=inputs["encoder_hidden_states"].shape[1])
 
 
 COGVIDEOX = Family(
@@ -27,8 +25,11 @@ COGVIDEOX = Family(
     video=video,
     dense_layers=("transformer_blocks.0.attn1",),
     dense_steps=0.25,
+    split="its attention processors take no parallel config, so that they cannot be told of a split",
     text="joint, in front",
     notes="fuse its projections before enabling: `fuse_qkv_projections` replaces every processor",
 )
 
-CONSISID = dataclasses.replace(COGVIDEOX, name="ConsisID", pipelines=("ConsisIDPipeline",))
+CONSISID = dataclasses.replace(
+    COGVIDEOX, name="ConsisID", pipelines=("ConsisIDPipeline",), processors=("CogVideoXAttnProcessor2_0",), notes=""
+)

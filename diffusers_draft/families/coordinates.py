@@ -6,12 +6,9 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils.weak import WeakTensorKeyDictionary
 
 from . import Inputs, VideoTokens
-
-_found: WeakTensorKeyDictionary = WeakTensorKeyDictionary()
-"""What was read already: reading waits for the GPU, and most pipelines keep their coordinates for a whole run."""
+from .reading import read_once
 
 
 def from_arguments(inputs: Inputs, config: Any) -> VideoTokens:
@@ -30,26 +27,32 @@ def from_arguments(inputs: Inputs, config: Any) -> VideoTokens:
             f"num_frames={frames}, height={rows} and width={columns} do not fit the {seq_len} tokens of "
             "hidden_states. Draft attention needs the latent grid of the video: pass it, or video_coords."
         )
-    if coords not in _found:
-        starts = coords[0, ..., 0] if coords.dim() == 4 else coords[0]
-        _found[coords] = max(videos(starts.cpu()), key=lambda video: math.prod(video.grid))
-    return _found[coords]
+    return _largest_video(coords)
 
 
+@read_once
+def _largest_video(coords: Tensor) -> VideoTokens:
+    """Of the first sample of `(B, 3, S)` coordinates, or `(B, 3, S, 2)` where each has a begin and an end."""
+    known = coords[0].cpu()
+    found = videos(known[..., 0], ends=known[0, :, 1]) if known.dim() == 3 else videos(known)
+    return max(found, key=lambda video: math.prod(video.grid))
+
+
+@read_once
 def from_positions(position_ids: Tensor) -> VideoTokens:
     """The last video of a packed sequence, from the `(S, 3)` coordinates of its tokens."""
-    if position_ids not in _found:
-        _found[position_ids] = videos(position_ids.T.cpu())[-1]
-    return _found[position_ids]
+    return videos(position_ids.T.cpu())[-1]
 
 
-def videos(coords: Tensor) -> list[VideoTokens]:
+def videos(coords: Tensor, ends: Tensor | None = None) -> list[VideoTokens]:
     """Cuts a sequence into runs of frames in raster order that cover the same places at increasing times.
 
     Conditions in front of a video or behind it begin at another time or cover other places.
 
     Args:
         coords: `(3, S)` time, row and column of each token in any unit, on the CPU.
+        ends: `(S,)` when each token's time ends. With it the next frame of a video begins just then, which a keyframe
+            behind the video does not.
     """
     time, row, column = coords
     restarts = (row[1:] < row[:-1]) | ((row[1:] == row[:-1]) & (column[1:] <= column[:-1]))
@@ -58,7 +61,8 @@ def videos(coords: Tensor) -> list[VideoTokens]:
     found: list[VideoTokens] = []
     before = 0
     for begin, end in itertools.pairwise(bounds):
-        if coords[1:, begin:end].equal(coords[1:, before:begin]) and time[before] < time[begin]:
+        follows = time[before] < time[begin] if ends is None else ends[before] == time[begin]
+        if follows and coords[1:, begin:end].equal(coords[1:, before:begin]):
             frames, rows, columns = found[-1].grid
             found[-1] = VideoTokens(grid=(frames + 1, rows, columns), prefix=found[-1].prefix)
         else:

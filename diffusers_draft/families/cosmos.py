@@ -5,6 +5,8 @@ from typing import Any
 from . import Family, Inputs, VideoTokens
 from .latents import channels_first, patched
 
+NO_SPLIT = "its attention processors take no parallel config, so that they cannot be told of a split"
+
 
 def controlled(inputs: Inputs, config: Any) -> VideoTokens:
     """Tokens of `controls_latents` `(B, C, F, H, W)` (controlnet_cosmos.py `forward`)."""
@@ -27,6 +29,7 @@ COSMOS = Family(
     dense_layers=("transformer_blocks.0.attn1",),
     dense_steps=0.25,
     scheduler_units=False,
+    split=NO_SPLIT,
     text="cross-attention",
 )
 
@@ -39,6 +42,7 @@ COSMOS_CONTROL = Family(
     dense_layers=("control_blocks.0.attn1",),
     dense_steps=0.25,
     scheduler_units=False,
+    split=NO_SPLIT,
     text="cross-attention",
     notes="a component of its own beside the transformer",
 )

@@ -3,14 +3,14 @@
 from typing import Any
 
 from . import Family, Inputs, VideoTokens
-from .latents import patch_of, patched
+from .latents import channels_first
 
 
 def video(inputs: Inputs, config: Any) -> VideoTokens:
     """Texts, then tokens of `hidden_states` `(B, C, F, H, W)` (transformer_easyanimate.py `forward`)."""
     texts = [inputs.get(name) for name in ("encoder_hidden_states", "encoder_hidden_states_t5")]
     prefix = sum(text.shape[1] for text in texts if text is not None)
-    return VideoTokens(grid=patched(inputs["hidden_states"].shape[2:], patch_of(config)), prefix=prefix)
+    return VideoTokens(grid=channels_first(inputs, config).grid, prefix=prefix)
 
 
 EASYANIMATE = Family(
@@ -21,5 +21,6 @@ EASYANIMATE = Family(
     video=video,
     dense_layers=("transformer_blocks.0.attn1",),
     dense_steps=0.25,
+    split="its attention processors take no parallel config, so that they cannot be told of a split",
     text="joint, in front",
 )

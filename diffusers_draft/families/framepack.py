@@ -6,7 +6,7 @@ from typing import Any
 import torch
 
 from . import Family, Inputs, VideoTokens
-from .latents import history, patch_of, patched
+from .latents import channels_first, history
 
 HISTORY = {"latents_clean": 1, "latents_history_2x": 2, "latents_history_4x": 4}
 """Inputs in front of the video and how much coarser than latents their patches are."""
@@ -14,7 +14,7 @@ HISTORY = {"latents_clean": 1, "latents_history_2x": 2, "latents_history_4x": 4}
 
 def video(inputs: Inputs, config: Any) -> VideoTokens:
     """History, tokens of `hidden_states`, images, valid text (transformer_hunyuan_video_framepack.py `forward`)."""
-    grid = patched(inputs["hidden_states"].shape[2:], patch_of(config))
+    grid = channels_first(inputs, config).grid
     prefix = sum(history(inputs, name, (1, 2, 2), coarseness) for name, coarseness in HISTORY.items())
     images_end = prefix + math.prod(grid) + inputs["image_embeds"].shape[1]
     text = inputs["encoder_attention_mask"].sum(dim=1, dtype=torch.int32)
@@ -29,6 +29,7 @@ FRAMEPACK = Family(
     video=video,
     dense_layers=("transformer_blocks.0.attn",),
     dense_steps=0.25,
+    split="its coarse history has a length of its own, and ranks could rarely share it and the video equally",
     text="joint, behind the video, padding left out; history in front",
     notes="each section is a run of its own",
 )

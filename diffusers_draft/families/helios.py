@@ -23,6 +23,8 @@ HELIOS = Family(
     video=video,
     dense_layers=("blocks.0.attn1",),
     dense_steps=0.25,
+    split="its layers find the history by its place in the whole sequence, which a share of it does not show",
     text="cross-attention; history in front",
-    notes="each chunk, and each stage of the pyramid, is a run of its own",
+    notes="each chunk, and each stage of the pyramid, is a run of its own; with the distilled scheduler the timestep "
+    "tells the step",
 )

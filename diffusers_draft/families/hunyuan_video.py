@@ -5,8 +5,8 @@ from typing import Any
 
 import torch
 
-from . import Family, Inputs, VideoTokens
-from .latents import patch_of, patched
+from . import Family, Inputs, VideoTokens, splits
+from .latents import channels_first
 
 
 def video(inputs: Inputs, config: Any) -> VideoTokens:
@@ -14,7 +14,7 @@ def video(inputs: Inputs, config: Any) -> VideoTokens:
 
     As in diffusers, transformer_hunyuan_video.py `forward`.
     """
-    grid = patched(inputs["hidden_states"].shape[2:], patch_of(config))
+    grid = channels_first(inputs, config).grid
     text = inputs["encoder_attention_mask"].sum(dim=1, dtype=torch.int32)
     return VideoTokens(grid=grid, kv_len=text + math.prod(grid))
 
@@ -27,5 +27,6 @@ HUNYUAN_VIDEO = Family(
     video=video,
     dense_timestep=945.0,
     dense_layers=("transformer_blocks.0.attn", "transformer_blocks.1.attn"),
+    split=splits.HUNYUAN_VIDEO,
     text="joint, behind the video, padding left out",
 )

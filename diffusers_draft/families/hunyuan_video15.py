@@ -5,8 +5,8 @@ from typing import Any
 
 import torch
 
-from . import Family, Inputs, VideoTokens
-from .latents import patch_of, patched
+from . import Family, Inputs, VideoTokens, splits
+from .latents import channels_first
 from .processors.hunyuan_video15 import attend_with_key_mask
 
 
@@ -15,7 +15,7 @@ def video(inputs: Inputs, config: Any) -> VideoTokens:
 
     Upstream sorts the tokens behind the video; image tokens count if any image embedding of the batch is not zero.
     """
-    grid = patched(inputs["hidden_states"].shape[2:], patch_of(config))
+    grid = channels_first(inputs, config).grid
     masks = torch.cat([inputs["encoder_attention_mask"], inputs["encoder_attention_mask_2"]], dim=1)
     images = inputs["image_embeds"]
     valid = masks.bool().sum(dim=1, dtype=torch.int32) + images.any().int() * images.shape[1]
@@ -31,6 +31,7 @@ HUNYUAN_VIDEO15 = Family(
     video=video,
     dense_layers=(),
     dense_steps=0.25,
+    split=splits.HUNYUAN_VIDEO15,
     text="joint, behind the video, padding left out",
     notes="without stock's mask over pairs of tokens (12.5 GB at 720p); layers in `dense_layers` make it again",
 )

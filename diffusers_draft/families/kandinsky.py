@@ -1,9 +1,15 @@
-"""Kandinsky 5 and 6: video tokens alone; Kandinsky 6 has an audio stream of its own."""
+"""Kandinsky 5 and 6: video tokens alone, in 6 with a reference frame behind them and audio apart."""
 
+import itertools
 from typing import Any
 
-from . import Family
+from torch import Tensor
+
+from . import Family, Inputs, VideoTokens
 from .latents import channels_last
+from .reading import read_once
+
+NO_SPLIT = "neither diffusers nor draft attention has a plan that splits its forward yet"
 
 
 def refuse_nabla(config: Any) -> None:
@@ -12,6 +18,20 @@ def refuse_nabla(config: Any) -> None:
             'This Kandinsky 5 transformer has attention_type="nabla", which is block-sparse already and orders its '
             'tokens in another way. Draft attention needs attention_type="regular".'
         )
+
+
+def without_references(inputs: Inputs, config: Any) -> VideoTokens:
+    """Tokens of `hidden_states` `(B, F, H, W, C)` less references (transformer_kandinsky6.py `forward`)."""
+    frames, rows, columns = channels_last(inputs, config).grid
+    types = inputs.get("visual_token_type_ids")
+    return VideoTokens(grid=(frames - (0 if types is None else _references(types)), rows, columns))
+
+
+@read_once
+def _references(types: Tensor) -> int:
+    """The number of frames in the end that are of another type than the first, of `(B, F)` types."""
+    others = (types != types[:, :1]).any(dim=0).tolist()
+    return len(list(itertools.takewhile(bool, reversed(others))))
 
 
 KANDINSKY5 = Family(
@@ -23,6 +43,7 @@ KANDINSKY5 = Family(
     check=refuse_nabla,
     dense_layers=("visual_transformer_blocks.0.self_attention",),
     dense_steps=0.25,
+    split=NO_SPLIT,
     text="cross-attention",
     notes="not with NABLA attention",
 )
@@ -32,9 +53,9 @@ KANDINSKY6 = Family(
     pipelines=("Kandinsky6TI2VAPipeline",),
     layers=("visual_transformer_blocks.*.video_dec_block.self_attention",),
     processors=("Kandinsky6AttnProcessor",),
-    video=channels_last,
+    video=without_references,
     dense_layers=("visual_transformer_blocks.0.video_dec_block.self_attention",),
     dense_steps=0.25,
-    text="cross-attention; audio apart",
-    notes="a reference frame counts as the last frame of the video",
+    split=NO_SPLIT,
+    text="cross-attention; a reference frame behind the video, audio apart",
 )

@@ -14,25 +14,26 @@ def patched(sizes: Sequence[int], patch: Sequence[int]) -> Grid:
     return frames, rows, columns
 
 
-def patch_of(config: Any) -> tuple[int, int, int]:
-    """The patch of a model that gives its height and width as one number, and may have none in time."""
-    return getattr(config, "patch_size_t", None) or 1, config.patch_size, config.patch_size
+def patch_of(config: Any) -> Sequence[int]:
+    """A model's `(t, h, w)` patch; some give height and width as one number, and may have none in time."""
+    size = config.patch_size
+    return (getattr(config, "patch_size_t", None) or 1, size, size) if isinstance(size, int) else size
 
 
 def channels_first(inputs: Inputs, config: Any) -> VideoTokens:
     """All tokens of `hidden_states` `(B, C, F, H, W)`."""
-    return VideoTokens(grid=patched(inputs["hidden_states"].shape[2:], config.patch_size))
+    return VideoTokens(grid=patched(inputs["hidden_states"].shape[2:], patch_of(config)))
 
 
 def channels_last(inputs: Inputs, config: Any) -> VideoTokens:
     """All tokens of `hidden_states` `(B, F, H, W, C)`."""
-    return VideoTokens(grid=patched(inputs["hidden_states"].shape[1:4], config.patch_size))
+    return VideoTokens(grid=patched(inputs["hidden_states"].shape[1:4], patch_of(config)))
 
 
 def frames_first(inputs: Inputs, config: Any) -> VideoTokens:
     """All tokens of `hidden_states` `(B, F, C, H, W)`."""
     frames, _, rows, columns = inputs["hidden_states"].shape[1:]
-    return VideoTokens(grid=patched((frames, rows, columns), config.patch_size))
+    return VideoTokens(grid=patched((frames, rows, columns), patch_of(config)))
 
 
 def history(inputs: Inputs, name: str, patch: Sequence[int], coarseness: int) -> int:

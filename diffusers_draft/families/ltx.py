@@ -1,6 +1,6 @@
 """LTX-Video: packed latents, tokens of conditions in front of the video."""
 
-from . import Family
+from . import Family, splits
 from .coordinates import from_arguments
 
 LTX = Family(
@@ -11,6 +11,7 @@ LTX = Family(
     video=from_arguments,
     dense_layers=("transformer_blocks.0.attn1",),
     dense_steps=0.25,
+    split=splits.LTX,
     text="cross-attention; tokens of conditions in front",
     notes="`LTXI2VLongMultiPromptPipeline` makes new coordinates in every step; reading them waits for the GPU",
 )

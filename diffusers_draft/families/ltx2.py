@@ -1,6 +1,6 @@
 """LTX-2: packed latents, keyframe and reference tokens behind the video, an audio stream of its own."""
 
-from . import Family
+from . import Family, splits
 from .coordinates import from_arguments
 
 LTX2 = Family(
@@ -19,6 +19,7 @@ LTX2 = Family(
     video=from_arguments,
     dense_layers=("transformer_blocks.0.attn1",),
     dense_steps=0.25,
+    split=splits.LTX2,
     text="cross-attention; keyframe and reference tokens behind, audio apart",
     notes="calls with a mask over pairs of tokens (conditions of a strength below 1) run dense and are counted",
 )

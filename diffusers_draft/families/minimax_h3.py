@@ -20,5 +20,6 @@ MINIMAX_H3 = Family(
     dense_layers=("transformer_blocks.0.attn",),
     dense_steps=0.25,
     scheduler_units=False,
+    split="its packed sequence is as long as the prompt makes it, and ranks could rarely share it equally",
     text="joint, in front with conditions and audio",
 )

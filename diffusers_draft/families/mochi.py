@@ -1,4 +1,4 @@
-"""Mochi: video tokens, then right-padded text."""
+"""Mochi: video tokens, then valid text."""
 
 import math
 from typing import Any
@@ -6,13 +6,13 @@ from typing import Any
 import torch
 
 from . import Family, Inputs, VideoTokens
-from .latents import patch_of, patched
-from .processors.mochi import attend_to_padded_text
+from .latents import channels_first
+from .processors.mochi import attend_to_valid_text
 
 
 def video(inputs: Inputs, config: Any) -> VideoTokens:
     """Tokens of `hidden_states` `(B, C, F, H, W)`, then each sample's valid text (transformer_mochi.py `forward`)."""
-    grid = patched(inputs["hidden_states"].shape[2:], patch_of(config))
+    grid = channels_first(inputs, config).grid
     text = inputs["encoder_attention_mask"].sum(dim=1, dtype=torch.int32)
     return VideoTokens(grid=grid, kv_len=text + math.prod(grid))
 
@@ -22,11 +22,12 @@ MOCHI = Family(
     pipelines=("MochiPipeline",),
     layers=("transformer_blocks.*.attn1",),
     processors=("MochiAttnProcessor2_0",),
-    explicit=attend_to_padded_text,
+    explicit=attend_to_valid_text,
     stock_when_dense=True,
     video=video,
     dense_layers=("transformer_blocks.0.attn1",),
     dense_steps=0.25,
+    split="its attention processors take no parallel config, so that they cannot be told of a split",
     text="joint, behind the video, padding left out",
     notes="sparse layers do not loop over samples; timesteps rise, so use `dense_steps`",
 )

@@ -1,22 +1,22 @@
-"""Motif-Video: video tokens, then image tokens and right-padded text; its decoder attends to a second video."""
+"""Motif-Video: video tokens, then image tokens and text; its decoder attends to a second video."""
 
 import math
 from typing import Any
 
-import torch
-
 from . import Family, Inputs, VideoTokens
-from .latents import patch_of, patched
+from .latents import channels_first
+from .padding import lengths_of
 
 
 def video(inputs: Inputs, config: Any) -> VideoTokens:
     """Tokens of `hidden_states` `(B, C, F, H, W)`, images, valid text (transformer_motif_video.py `forward`)."""
-    grid = patched(inputs["hidden_states"].shape[2:], patch_of(config))
+    grid = channels_first(inputs, config).grid
     mask, images = inputs.get("encoder_attention_mask"), inputs.get("image_embeds")
-    if mask is None:
+    text = None if mask is None else lengths_of(mask)
+    if text is None:
         return VideoTokens(grid=grid)
     in_front = math.prod(grid) + (0 if images is None else images.shape[1])
-    return VideoTokens(grid=grid, kv_len=mask.sum(dim=1, dtype=torch.int32) + in_front)
+    return VideoTokens(grid=grid, kv_len=text + in_front)
 
 
 MOTIF_VIDEO = Family(
@@ -27,6 +27,8 @@ MOTIF_VIDEO = Family(
     video=video,
     dense_layers=("transformer_blocks.0.attn",),
     dense_steps=0.25,
+    split="its decoder attends to a second video, which would have to be exchanged as well",
     text="joint, behind the video, padding left out",
-    notes="the decoder's layers see the encoder's video behind their own, and it stays exact",
+    notes="the decoder's layers see the encoder's video behind their own, and it stays exact; layers with text that "
+    "is not padded on the right run dense and are counted",
 )

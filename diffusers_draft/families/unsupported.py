@@ -17,10 +17,10 @@ REASONS = {
     "Kandinsky6SRTransformer3DModel": "its self-attention is block-sparse already (NABLA)",
     "Cosmos3OmniTransformer": "its video queries attend to other keys than their own, in groups of heads",
     "TransformerTemporalModel": "it attends along time alone",
+    "PriorTransformer": "it makes an embedding of an image, not a video",
     "JoyImageEdit*Transformer3DModel": _IMAGES,
-    "*Transformer2DModel": _IMAGES,
-    "UNet*": _UNET,
-    "*UNet": _UNET,
+    "*UNet*": _UNET,
+    "*2DModel": _IMAGES,
 }
 """Class name or pattern -> reason."""
 

@@ -1,9 +1,17 @@
 """Wan 2.1 and 2.2: self-attention holds video tokens alone, text enters by cross-attention."""
 
 import dataclasses
+from typing import Any
 
-from . import Family
+from . import Family, Inputs, VideoTokens, splits
 from .latents import channels_first
+
+
+def behind_reference(inputs: Inputs, config: Any) -> VideoTokens:
+    """Tokens of `hidden_states` but those of frame 0, the character (transformer_wan_animate.py `forward`)."""
+    frames, rows, columns = channels_first(inputs, config).grid
+    return VideoTokens(grid=(frames - 1, rows, columns), prefix=rows * columns)
+
 
 WAN = Family(
     name="Wan 2.1 and 2.2",
@@ -13,6 +21,7 @@ WAN = Family(
     video=channels_first,
     dense_timestep=925.0,
     dense_layers=("blocks.0.attn1",),
+    split=splits.WAN,
     text="cross-attention",
 )
 
@@ -21,7 +30,16 @@ WAN_VACE = dataclasses.replace(
     name="Wan VACE",
     pipelines=("WanVACEPipeline",),
     layers=("vace_blocks.*.attn1", "blocks.*.attn1"),
+    split=splits.WAN_VACE,
     dense_layers=("vace_blocks.0.attn1", "blocks.0.attn1"),
+    notes="reference images count as the first frames of the video",
 )
 
-WAN_ANIMATE = dataclasses.replace(WAN, name="Wan Animate", pipelines=("WanAnimatePipeline",))
+WAN_ANIMATE = dataclasses.replace(
+    WAN,
+    name="Wan Animate",
+    pipelines=("WanAnimatePipeline",),
+    video=behind_reference,
+    split="its face adapter attends within single frames, and a share of the tokens need not be whole frames",
+    text="cross-attention; the character's frame in front",
+)

@@ -1,4 +1,4 @@
-"""Mochi without a loop over the samples: padded text is masked, not cut out, so that nothing waits for its length."""
+"""Mochi without a loop over the samples: padded text is moved behind, not cut out, so that nothing waits for it."""
 
 from typing import Any
 
@@ -8,7 +8,7 @@ from torch import Tensor
 from torch.nn import functional
 
 
-def attend_to_padded_text(
+def attend_to_valid_text(
     self: Any,
     attn: Any,
     hidden_states: Tensor,
@@ -16,7 +16,9 @@ def attend_to_padded_text(
     attention_mask: Tensor,
     image_rotary_emb: tuple[Tensor, Tensor] | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """`MochiAttnProcessor2_0.__call__`, equal to it on the video and on valid text where text is padded on the right.
+    """`MochiAttnProcessor2_0.__call__`, equal to it up to rounding.
+
+    Where valid text is not in front, upstream puts it there, and leaves the result there too.
 
     Args:
         self: the processor.
@@ -37,11 +39,14 @@ def attend_to_padded_text(
     if image_rotary_emb is not None:
         video[:2] = (_rotate(tensor, *image_rotary_emb) for tensor in video[:2])
 
+    padding, order = (attention_mask == 0).int().sort(dim=1, stable=True)
+    text = [tensor.take_along_dim(order[:, :, None, None], dim=1) for tensor in text]
     query, key, value = (torch.cat(pair, dim=1) for pair in zip(video, text, strict=True))
-    valid = functional.pad(attention_mask.bool(), (hidden_states.shape[1], 0), value=True)
+    valid = functional.pad(padding == 0, (hidden_states.shape[1], 0), value=True)
     out = dispatch_attention_fn(query, key, value, attn_mask=valid[:, None, None]).flatten(2)
 
     hidden_states, encoder_hidden_states = out.split([hidden_states.shape[1], encoder_hidden_states.shape[1]], dim=1)
+    encoder_hidden_states = encoder_hidden_states.masked_fill(padding[..., None] == 1, 0)
     hidden_states = attn.to_out[1](attn.to_out[0](hidden_states))
     if hasattr(attn, "to_add_out"):
         encoder_hidden_states = attn.to_add_out(encoder_hidden_states)

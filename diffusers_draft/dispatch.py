@@ -1,0 +1,106 @@
+"""Our attention call in place of diffusers' own, and what it must know of the forward that it is in."""
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .attention import attend, needs_grad
+from .config import DraftConfig
+from .ulysses import Exchange, context_parallel
+
+
+class State:
+    """What one forward leaves for its layers.
+
+    Compiled code reads bools and tensors alone, so that no layer and no resolution recompiles. `split_video` is the
+    exception: where the text stays whole on every GPU, the tokens of the whole video.
+    """
+
+    def __init__(self) -> None:
+        self.sparse = False
+        self.split_video: int | None = None
+        self.geometry = torch.zeros(4, dtype=torch.int64)
+        self.kv_len: Tensor | None = None
+        self.processor: Any = None
+        self.forwards_to_recompute = 0
+        self.recomputed = False
+        self.kind: tuple[torch.dtype, int, bool] | None = None
+
+    def enter(self, processor: Any) -> None:
+        """Notes which layer's processor is about to run.
+
+        Raises:
+            RuntimeError: when gradient checkpointing recomputes a forward whose state a later one has replaced.
+        """
+        self.processor = processor
+        if torch.compiler.is_compiling() or torch._C._current_graph_task_id() == -1:  # not in a backward
+            return
+        if self.forwards_to_recompute > 1:
+            raise RuntimeError(
+                f"{self.forwards_to_recompute} forwards ran before this backward. Under gradient checkpointing draft "
+                "attention can recompute only the latest: run backward after each forward, or disable one of the two."
+            )
+        self.recomputed = True
+
+
+def attention_call(state: State, config: DraftConfig, stock: Callable[..., Tensor]) -> Callable[..., Tensor]:
+    """Makes a stand-in for diffusers' `dispatch_attention_fn` (models/attention_dispatch.py), argument by argument.
+
+    Args:
+        state: says whether a call is sparse.
+        config: how, if it is.
+        stock: diffusers' own, for calls that are dense.
+    """
+
+    def dispatch_attention_fn(
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        attn_mask: Tensor | None = None,
+        dropout_p: float = 0.0,
+        is_causal: bool = False,
+        scale: float | None = None,
+        enable_gqa: bool = False,
+        attention_kwargs: dict[str, Any] | None = None,
+        *,
+        backend: Any = None,
+        parallel_config: Any = None,
+    ) -> Tensor:
+        # A mask over keys alone is the padding that `kv_len` leaves out; layers without one see no padding.
+        masked = attn_mask is not None and (state.kv_len is None or attn_mask.shape[-2] > 1)
+        if masked:
+            state.processor.masked = state.sparse
+        exchange = None
+        if split := context_parallel(parallel_config):
+            exchange = Exchange(split._ulysses_mesh.get_group(), state.split_video)
+            query, key, value = exchange.to_heads(query, key, value)
+            attn_mask = exchange.whole_mask(attn_mask, query.shape[1])
+        if masked or not state.sparse:
+            out = stock(
+                query,
+                key,
+                value,
+                attn_mask=attn_mask,
+                dropout_p=dropout_p,
+                is_causal=is_causal,
+                scale=scale,
+                enable_gqa=enable_gqa,
+                attention_kwargs=attention_kwargs,
+                backend=backend,
+                parallel_config=None if exchange else parallel_config,
+            )
+            return exchange.to_tokens(out) if exchange else out
+        if dropout_p or is_causal or enable_gqa or attention_kwargs:
+            raise NotImplementedError(
+                "Draft attention has no dropout, causal or grouped-query attention and takes no attention_kwargs; got "
+                f"dropout_p={dropout_p}, is_causal={is_causal}, enable_gqa={enable_gqa}, {attention_kwargs=}."
+            )
+        kv_len = None if attn_mask is None or state.kv_len is None else state.kv_len.to(query.device)
+        state.kind = (query.dtype, query.shape[-1], needs_grad(query, key, value))
+        out, state.processor.kv_num_blocks = attend(query, key, value, state.geometry, kv_len, config, scale)
+        state.processor.kv_len = kv_len
+        return exchange.to_tokens(out) if exchange else out
+
+    return dispatch_attention_fn

@@ -1,0 +1,109 @@
+"""Draft attention over several GPUs: diffusers' context parallelism with plans that are exact."""
+
+import inspect
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import nn
+
+from .api import known_transformers, layer_paths
+from .attach import attachment_of
+from .families import Family, Split
+from .layers import attention_module
+from .splitting import Splitting
+from .ulysses import check_config, context_parallel
+
+
+def enable_parallelism(pipe: Any, *, config: Any) -> None:
+    """Splits the video of every forward over GPUs (Ulysses), with diffusers' own engine.
+
+    As the method `enable_parallelism` of diffusers' models, for all transformers of a pipeline and with a plan for
+    families for which diffusers has none; their texts stay whole on every GPU. Call it in every process of a group,
+    with the same model and later the same inputs; each gets the whole output. Draft attention can be enabled before
+    or after.
+
+    Args:
+        pipe: a diffusers pipeline or transformer.
+        config: `diffusers.ContextParallelConfig(ulysses_degree=...)`.
+
+    Raises:
+        TypeError: if `pipe` has no transformer that draft attention knows, or `config` is another one.
+        NotImplementedError: for ring attention, and for families that cannot be split; the message says why.
+        ValueError: if the GPUs cannot share the heads, there are fewer processes than `ulysses_degree`, or the model's
+            config cannot be split.
+        RuntimeError: if torch.distributed is not initialized or the transformer is split already.
+    """
+    from diffusers import ContextParallelConfig
+    from diffusers.models._modeling_parallel import ParallelConfig
+
+    config = context_parallel(config) or config
+    if not isinstance(config, ContextParallelConfig):
+        raise TypeError(f"config must be a ContextParallelConfig, got {type(config).__name__}.")
+    if not (dist.is_available() and dist.is_initialized()):
+        raise RuntimeError(
+            "torch.distributed is not initialized. Start the script with torchrun and call "
+            "torch.distributed.init_process_group() first."
+        )
+    if config.ulysses_degree > dist.get_world_size():
+        raise ValueError(f"ulysses_degree={config.ulysses_degree}, but there are {dist.get_world_size()} processes.")
+    found = known_transformers(pipe)
+    splits = {name: _check(transformer, family, config) for name, (transformer, family) in found.items()}
+
+    parallel = ParallelConfig(context_parallel_config=config)
+    device = torch.accelerator.current_accelerator(check_available=True) or torch.device("cpu")
+    mesh = getattr(config, "mesh", None) or dist.device_mesh.init_device_mesh(
+        device.type, config.mesh_shape, mesh_dim_names=config.mesh_dim_names
+    )
+    parallel.setup(dist.get_rank(), dist.get_world_size(), device, mesh=mesh)
+    for name, (transformer, family) in found.items():
+        _split(transformer, family, splits[name], parallel)
+
+
+def _check(transformer: Any, family: Family, config: Any) -> Split:
+    """Refuses what cannot be split, before anything is."""
+    if isinstance(family.split, str):
+        raise NotImplementedError(f"{family.name} cannot be split over GPUs: {family.split}.")
+    if transformer._parallel_config is not None:
+        raise RuntimeError(f"This {type(transformer).__name__} is split over GPUs already.")
+    family.split.check(transformer.config)
+    for path in _exchanging(transformer, family, family.split):
+        check_config(config, attention_module(transformer, path).heads)
+    return family.split
+
+
+def _exchanging(transformer: nn.Module, family: Family, split: Split) -> tuple[str, ...]:
+    """Layers whose keys are split."""
+    return layer_paths(transformer, (*family.layers, *split.others))
+
+
+def _split(transformer: Any, family: Family, split: Split, parallel: Any) -> None:
+    # Not the model's own `enable_parallelism`: it would have layers exchange whose keys are whole on every rank, and
+    # it needs an accelerator.
+    from diffusers.hooks.context_parallel import apply_context_parallel
+
+    attachment = attachment_of(transformer)
+    if attachment:
+        attachment.detach()
+    try:
+        for path in _exchanging(transformer, family, split):
+            attention_module(transformer, path).processor._parallel_config = parallel
+        transformer._parallel_config = parallel
+        apply_context_parallel(transformer, parallel.context_parallel_config, split.plan(transformer.config))
+        _read_signatures(transformer)
+        Splitting(transformer, family, layer_paths(transformer, family.layers))
+    finally:
+        if attachment:
+            attachment.attach()
+
+
+def _read_signatures(transformer: nn.Module) -> None:
+    """Does what diffusers' hooks do in their first forward, where `torch.compile` refuses it."""
+    from diffusers.hooks.context_parallel import ContextParallelSplitHook
+
+    for module in transformer.modules():
+        registry = getattr(module, "_diffusers_hook", None)
+        for hook in registry.hooks.values() if registry else ():
+            if isinstance(hook, ContextParallelSplitHook):
+                names = list(inspect.signature(type(module).forward).parameters)[1:]
+                hook.module_forward_metadata.cached_parameter_indices = {name: at for at, name in enumerate(names)}

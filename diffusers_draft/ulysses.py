@@ -1,0 +1,134 @@
+"""Ulysses: ranks that each hold some tokens of all heads exchange them for all tokens of some heads, and back."""
+
+import math
+from typing import Any
+
+import torch
+import torch.distributed as dist
+import torch.distributed._functional_collectives as funcol
+from torch import Tensor
+from torch.nn import functional
+
+from .layout import Grid
+
+
+class Exchange:
+    """One attention call's way from tokens split over ranks to heads split over ranks.
+
+    Args:
+        group: the ranks, in the order of their tokens.
+        video: tokens of the whole video, where only those are split and every rank has all tokens behind them; None
+            where all tokens are split.
+    """
+
+    def __init__(self, group: dist.ProcessGroup, video: int | None = None) -> None:
+        self.group = group
+        self.size, self.rank = group.size(), group.rank()
+        self.video = video
+
+    def to_heads(self, query: Tensor, key: Tensor, value: Tensor) -> list[Tensor]:
+        """Three `(B, S on this rank, H, D)` to three `(B, S, H / ranks, D)`: the same heads of each.
+
+        Raises:
+            NotImplementedError: if a gradient is needed.
+        """
+        tensors = (query, key, value)
+        if torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors):
+            raise NotImplementedError("No gradients flow between GPUs yet: run the transformer under torch.no_grad().")
+        split = query.shape[1] if self.video is None else self.video // self.size
+        by_rank = [tensor[:, :split].unflatten(2, (self.size, -1)).permute(2, 1, 0, 3, 4) for tensor in tensors]
+        received = self._all_to_all(torch.stack(by_rank, dim=2))  # (ranks, S / ranks, 3, B, H / ranks, D)
+        whole = [tensor.transpose(0, 1) for tensor in received.flatten(0, 1).unbind(1)]
+        if self.video is None:
+            return whole
+        behind = [tensor[:, split:].chunk(self.size, dim=2)[self.rank] for tensor in tensors]
+        return [torch.cat(pair, dim=1) for pair in zip(whole, behind, strict=True)]
+
+    def to_tokens(self, out: Tensor) -> Tensor:
+        """`(B, S, H / ranks, D)` to `(B, S on this rank, H, D)`."""
+        video = out.shape[1] if self.video is None else self.video
+        by_rank = out[:, :video].unflatten(1, (self.size, -1)).permute(1, 2, 0, 3, 4)
+        behind = out[:, video:].transpose(0, 1).expand(self.size, -1, -1, -1, -1)
+        received = self._all_to_all(torch.cat([by_rank, behind], dim=1))  # (ranks, S on this rank, B, H / ranks, D)
+        return received.permute(2, 1, 0, 3, 4).flatten(2, 3)
+
+    def whole_mask(self, mask: Tensor | None, seq_len: int) -> Tensor | None:
+        """The mask of a call as it must be for the whole sequence of `seq_len` tokens.
+
+        Raises:
+            NotImplementedError: if it does not speak of the whole sequence.
+        """
+        if mask is None or mask.shape[-1] == seq_len:
+            return mask
+        if self.video is None or mask.shape[-2] > 1 or mask.dtype != torch.bool:
+            raise NotImplementedError(
+                f"A mask of shape {tuple(mask.shape)} does not fit the whole sequence of {seq_len} tokens. Draft "
+                "attention cannot split this kind of input over GPUs."
+            )
+        behind = seq_len - self.video
+        return functional.pad(mask[..., mask.shape[-1] - behind :], (self.video, 0), value=True)
+
+    def _all_to_all(self, tensor: Tensor) -> Tensor:
+        """Sends `tensor[rank]` to each rank; returns what came, by sender."""
+        return funcol.wait_tensor(funcol.all_to_all_single(tensor.contiguous(), None, None, self.group))
+
+
+def context_parallel(parallel_config: Any) -> Any:
+    """The `ContextParallelConfig` in what a diffusers processor or model has as `_parallel_config`, or None."""
+    return getattr(parallel_config, "context_parallel_config", None)
+
+
+def check_config(config: Any, heads: int) -> None:
+    """Refuses what draft attention cannot split over GPUs.
+
+    Args:
+        config: diffusers' `ContextParallelConfig`.
+        heads: of one attention layer.
+
+    Raises:
+        NotImplementedError: for ring attention and for uneven shares.
+        ValueError: if the ranks cannot share the heads.
+    """
+    if config.ring_degree not in (None, 1):
+        raise NotImplementedError(
+            f"Draft attention cannot run with ring attention (ring_degree={config.ring_degree}): no rank sees the "
+            "whole sequence, so none can choose the best blocks. Use ContextParallelConfig(ulysses_degree=...) alone."
+        )
+    if getattr(config, "ulysses_anything", False):
+        raise NotImplementedError(
+            "Draft attention cannot run with ulysses_anything=True, which gives ranks uneven shares. Leave it out and "
+            "choose a size of the video that the ranks can share."
+        )
+    if heads % config.ulysses_degree:
+        degrees = [degree for degree in range(2, heads + 1) if heads % degree == 0]
+        raise ValueError(
+            f"ulysses_degree={config.ulysses_degree} does not divide the {heads} heads of this model. "
+            f"Use one of {', '.join(map(str, degrees))}."
+        )
+
+
+def check_tokens(tokens: int, grid: Grid, degree: int) -> None:
+    """Raises ValueError if the ranks cannot share a sequence; names grids near by that they can.
+
+    Args:
+        tokens: that are split.
+        grid: `(T, Y, X)` of the video among them.
+        degree: number of ranks.
+    """
+    if tokens % degree == 0:
+        return
+    others = tokens - math.prod(grid)
+    fitting: list[tuple[int, ...]] = []
+    for axis in range(3):
+        steps = sorted(range(-degree, degree + 1), key=abs)
+        near = [(*grid[:axis], grid[axis] + step, *grid[axis + 1 :]) for step in steps if grid[axis] + step > 0]
+        fitting += [size for size in near if (math.prod(size) + others) % degree == 0][:1]
+    raise ValueError(
+        f"{degree} GPUs cannot share {tokens} tokens equally: the video has {_times(grid)} (frames x rows x columns)"
+        f"{f' and there are {others} others' if others else ''}. Choose another number of frames, height or width; "
+        f"near by {' or '.join(map(_times, fitting)) or 'no size'} would fit."
+    )
+
+
+def _times(grid: tuple[int, ...]) -> str:
+    return " x ".join(map(str, grid))

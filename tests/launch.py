@@ -1,0 +1,79 @@
+"""A few processes side by side, each a rank of a gloo group, that run functions of `ranks.py`."""
+
+import multiprocessing
+import tempfile
+import traceback
+from collections.abc import Iterator
+from multiprocessing.connection import Connection, wait
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+WORLD = 4
+STARTUP, SECONDS = 200, 60
+"""The longest that imports and then any function may take."""
+
+
+class Pool:
+    """Processes that wait for work; groups are made anew for each piece of it."""
+
+    def __init__(self, size: int) -> None:
+        context = multiprocessing.get_context("forkserver")
+        context.set_forkserver_preload(["ranks"])
+        self.folder = tempfile.TemporaryDirectory()
+        self.count = 0
+        self.pipes: list[Connection] = []
+        self.processes = []
+        for _ in range(size):
+            ours, theirs = context.Pipe()
+            process = context.Process(target=_serve, args=(theirs,), daemon=True)
+            process.start()
+            self.pipes.append(ours)
+            self.processes.append(process)
+        for pipe in self.pipes:
+            assert pipe.poll(STARTUP), "a process has not started"
+            pipe.recv()
+
+    def run(self, size: int, function: str, *args: Any) -> list[Any]:
+        """Runs `ranks.function(*args)` in a group of so many ranks.
+
+        Returns:
+            What each rank returned, or the exception that it raised.
+        """
+        self.count += 1
+        store = Path(self.folder.name) / str(self.count)
+        pipes = self.pipes[:size]
+        for rank, pipe in enumerate(pipes):
+            pipe.send((rank, size, store, function, args))
+        results: dict[Connection, Any] = {}
+        while len(results) < size:
+            ready = wait([pipe for pipe in pipes if pipe not in results], SECONDS)
+            assert ready, f"{function}{args}: a rank is stuck"
+            results |= {pipe: pipe.recv() for pipe in ready if isinstance(pipe, Connection)}
+        return [results[pipe] for pipe in pipes]
+
+    def close(self) -> None:
+        for process in self.processes:
+            process.terminate()
+        self.folder.cleanup()
+
+
+@pytest.fixture(scope="module")
+def pool() -> Iterator[Pool]:
+    pool = Pool(WORLD)
+    yield pool
+    pool.close()
+
+
+def _serve(pipe: Connection) -> None:
+    import ranks
+
+    pipe.send("ready")
+    while True:
+        rank, size, store, function, args = pipe.recv()
+        try:
+            pipe.send(ranks.in_group(rank, size, store, function, args))
+        except Exception as error:
+            traceback.print_exc()
+            pipe.send(error)

@@ -1,0 +1,140 @@
+"""Over several ranks everything is as in one process."""
+
+import inspect
+import re
+from typing import Any
+
+import pytest
+import torch
+from diffusers import ContextParallelConfig
+from launch import Pool, pool
+from models import FLOAT32_ERROR, RAGGED, TINY, error
+from ranks import Outcome, outcome
+
+from diffusers_draft.families import families
+from diffusers_draft.parallel import enable_parallelism
+
+__all__ = ["pool"]
+
+EVEN = (4, 13, 17)
+"""Tokens that two and four ranks can share, and no multiple of the tile in any direction."""
+SPARSE = dict(sparsity=0.8, dense_timestep=1000)
+DENSE_STEP = dict(sparsity=0.8, dense_timestep=0)
+
+
+def check(found: list[Any], expected: Outcome) -> None:
+    for rank in found:
+        if isinstance(rank, Exception):
+            raise rank
+        assert error(rank[0], expected[0]) < FLOAT32_ERROR
+    for calls in zip(*(rank[1] for rank in found), expected[1], strict=True):  # one of each rank, one of all heads
+        assert torch.equal(torch.cat(calls[:-1], dim=1), calls[-1])
+
+
+@pytest.mark.parametrize("ranks", [2, 4])
+@pytest.mark.parametrize("name", ["wan 4 heads", "hunyuan_video 4 heads"])
+@pytest.mark.parametrize("draft", [SPARSE, SPARSE | dict(budget="row", dense_layers=(1,)), DENSE_STEP, None])
+def test_as_in_one_process(pool: Pool, name: str, ranks: int, draft: Any) -> None:
+    case = (name, 2, EVEN, draft)
+    check(pool.run(ranks, "outcome", *case, "before"), outcome(*case))
+
+
+SPLIT = [name for name, family in families().items() if not isinstance(family.split, str)]
+REFUSED = ("animate", "token_replace")
+
+
+@pytest.mark.parametrize(
+    "name",
+    [name for name in TINY if name.startswith((*SPLIT, "wan", "hunyuan_video")) and not name.endswith(REFUSED)],
+)
+def test_every_family_that_can_be_split(pool: Pool, name: str) -> None:
+    grid = RAGGED if name.endswith("conditions") else EVEN  # with an odd number of tokens in front
+    for draft in (SPARSE, None):
+        case = (name, 2, grid, draft)
+        check(pool.run(2, "outcome", *case, "after"), outcome(*case))
+
+
+@pytest.mark.parametrize("split_when", ["before", "after"])
+def test_the_method_of_diffusers_on_wan(pool: Pool, split_when: str) -> None:
+    case = ("wan 4 heads", 2, EVEN, SPARSE)
+    check(pool.run(2, "outcome", *case, split_when, "diffusers"), outcome(*case))
+
+
+def test_every_rank_computes_the_same_number_of_pairs(pool: Pool) -> None:
+    found = pool.run(4, "outcome", "wan 4 heads", 1, EVEN, SPARSE, "before")
+    assert all(rank[1] for rank in found)
+    assert len({sum(kept.sum().item() for kept in rank[1]) for rank in found}) == 1
+    assert len({rank[2] for rank in found}) == 1  # the reports: density, steps, layers
+
+
+def test_disabling_leaves_a_split_model_dense_and_right(pool: Pool) -> None:
+    check(pool.run(2, "disabled_again", "hunyuan_video", EVEN), outcome("hunyuan_video", 2, EVEN, None))
+
+
+@pytest.mark.parametrize("name", ["wan 4 heads", "hunyuan_video"])
+def test_compiled_blocks(pool: Pool, name: str) -> None:
+    expected = outcome(name, 2, EVEN, dict(sparsity=0.8))
+    check(pool.run(2, "compiled", name, EVEN), (expected[0], [], ""))
+
+
+def test_the_report_counts_masked_calls(pool: Pool) -> None:
+    causal = "SkyReelsV2Transformer3DModel"
+    found = pool.run(2, "causal", causal, (4, 13, 17))
+    assert not any(isinstance(rank, Exception) for rank in found), found
+    assert all(rank == {"step": 0, "layer": 1, "mask": 2, "replacement": 0} for rank in found)
+
+
+ERRORS = [
+    ("wan", dict(ulysses_degree=4), EVEN, ValueError, "ulysses_degree=4 does not divide the 2 heads.*Use one of 2"),
+    ("wan", dict(ring_degree=4), EVEN, NotImplementedError, r"ring_degree=4.*Use ContextParallelConfig"),
+    ("wan 4 heads", dict(ulysses_degree=8), EVEN, ValueError, "ulysses_degree=8, but there are 4 processes"),
+    (
+        "wan 4 heads",
+        {},
+        RAGGED,
+        ValueError,
+        r"4 GPUs cannot share 663 tokens.*4 x 13 x 17 or 3 x 12 x 17 or 3 x 13 x 16",
+    ),
+    ("wan_animate", {}, EVEN, NotImplementedError, "Wan Animate cannot be split over GPUs: its face adapter"),
+    ("hunyuan_video_token_replace", {}, EVEN, ValueError, 'image_condition_type="token_replace" cannot be split'),
+]
+
+
+@pytest.mark.parametrize(("name", "config", "grid", "kind", "message"), ERRORS)
+@pytest.mark.parametrize("split_when", ["before", "after"])
+def test_errors_before_any_work(
+    pool: Pool, name: str, config: Any, grid: Any, kind: type[Exception], message: str, split_when: str
+) -> None:
+    for draft in (SPARSE, None):
+        for found in pool.run(4, "outcome", name, 1, grid, draft, split_when, "ours", config):
+            assert isinstance(found, kind) and re.search(message, str(found)), found
+
+
+@pytest.mark.parametrize("split_when", ["before", "after"])
+def test_errors_with_the_method_of_diffusers(pool: Pool, split_when: str) -> None:
+    errors = [
+        ("wan", dict(ring_degree=2), EVEN, "ring_degree=2"),
+        ("wan", dict(ulysses_degree=2), RAGGED, "2 GPUs cannot share 663 tokens"),
+        ("hunyuan_video", dict(ulysses_degree=2), EVEN, r"diffusers_draft.parallel.enable_parallelism\(pipe"),
+        ("MochiTransformer3DModel", dict(ulysses_degree=2), EVEN, "Mochi: its attention processors take no"),
+    ]
+    if "ulysses_anything" in inspect.signature(ContextParallelConfig).parameters:
+        errors.append(("wan", dict(ulysses_degree=2, ulysses_anything=True), RAGGED, "ulysses_anything=True"))
+        errors.append(("wan 4 heads", dict(ulysses_degree=2, ring_degree=2), EVEN, "ring_degree=2"))
+    for name, config, grid, message in errors:
+        ranks = config.get("ulysses_degree", 1) * config.get("ring_degree", 1)
+        for found in pool.run(ranks, "outcome", name, 1, grid, SPARSE, split_when, "diffusers", config):
+            assert isinstance(found, (ValueError, NotImplementedError)) and re.search(message, str(found)), found
+
+
+def test_a_model_is_split_once_and_in_a_group(pool: Pool) -> None:
+    assert pool.run(2, "split_twice") == ["This WanTransformer3DModel is split over GPUs already."] * 2
+    with pytest.raises(RuntimeError, match="Start the script with torchrun"):
+        enable_parallelism(TINY["wan"].build(), config=ContextParallelConfig(ulysses_degree=2))
+    with pytest.raises(TypeError, match="config must be a ContextParallelConfig, got dict"):
+        enable_parallelism(TINY["wan"].build(), config={"ulysses_degree": 2})
+
+
+def test_gradients_are_refused(pool: Pool) -> None:
+    for found in pool.run(2, "with_gradients"):
+        assert isinstance(found, NotImplementedError) and "torch.no_grad()" in str(found)
