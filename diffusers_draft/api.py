@@ -13,6 +13,7 @@ from .config import Budget, DraftConfig
 from .families import Family, families, family_of
 from .families.unsupported import reason_against
 from .layers import processors_of, stock_class
+from .layout import Tile
 from .report import DraftReport, report_on
 from .schedule import Schedule
 from .shadow import can_be_patched
@@ -57,7 +58,7 @@ def enable_draft_attention(
     sparsity: float = 0.9,
     *,
     budget: Budget = "head",
-    tile: tuple[int, int] = (8, 16),
+    tile: Tile = (8, 16),
     dense_steps: float | None = None,
     dense_timestep: float | None = None,
     dense_layers: Iterable[int] | None = None,
@@ -72,7 +73,7 @@ def enable_draft_attention(
         pipe: a diffusers pipeline, modular pipeline or transformer. All transformers of a pipeline are patched.
         sparsity: share of the video block pairs to skip, in [0, 1).
         budget: `"head"` or `"row"`, see `DraftConfig`.
-        tile: `(h, w)` tokens of a block, see `DraftConfig`.
+        tile: `(h, w)` or `(t, h, w)` tokens of a block, see `DraftConfig`.
         dense_steps: share of the run's steps, from its start, that stay dense.
         dense_timestep: steps whose timestep is above this stay dense; by default what the paper's code does.
         dense_layers: indices of self-attention layers that stay dense; by default what the paper's code does.

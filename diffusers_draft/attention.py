@@ -1,6 +1,7 @@
 """Draft attention: order, draft, select, attend, restore."""
 
 import importlib
+import math
 from importlib.util import find_spec
 from types import ModuleType
 
@@ -9,7 +10,7 @@ from torch import Tensor
 
 from . import kernels, plain
 from .config import Budget, DraftConfig, check_grid
-from .layout import Grid, token_layout
+from .layout import Grid, Tile, token_layout
 
 
 def draft_attention(
@@ -21,7 +22,7 @@ def draft_attention(
     sparsity: float = 0.9,
     prefix: int = 0,
     kv_len: Tensor | None = None,
-    tile: tuple[int, int] = (8, 16),
+    tile: Tile = (8, 16),
     budget: Budget = "head",
     backend: str = "auto",
     scale: float | None = None,
@@ -40,7 +41,7 @@ def draft_attention(
             are always attended to, and attend to everything.
         kv_len: `(B,)` integers on any device: how many leading tokens of each sample are valid keys, at least
             `prefix + T * Y * X` (right-padded text). None if all are. Tokens behind it are never attended to.
-        tile: `(h, w)` height of a strip and size `h * w` of a block, a multiple of 16 tokens.
+        tile: `(h, w)` or `(t, h, w)` tokens of a block, see `DraftConfig`.
         budget: `"head"` keeps the best pairs of each head's whole map (the paper), `"row"` the same number of key
             blocks for every query block.
         backend: `"auto"` or a name from `diffusers_draft.kernels.BACKENDS`.
@@ -112,7 +113,7 @@ def _attend(
     _check_tensors(query, key, value, kv_len, prefix + frames * rows * columns)
     _, seq_len, _, head_dim = query.shape
     scale = head_dim**-0.5 if scale is None else scale
-    layout = token_layout((frames, rows, columns), prefix, seq_len, (tile[0], tile[1]), query.device)
+    layout = token_layout((frames, rows, columns), prefix, seq_len, tuple(tile), query.device)
     differentiable = needs_grad(query, key, value)
     kernel = kernels.choose(backend, query.device, query.dtype, head_dim, layout.block, differentiable)
 
@@ -143,7 +144,7 @@ _attend_op = torch.library.custom_op("diffusers_draft::attend", _attend, mutates
 @_attend_op.register_fake
 def _(query, key, value, geometry, kv_len, sparsity, tile, budget, backend, scale):
     batch, seq_len, heads, _ = query.shape
-    block = tile[0] * tile[1]
+    block = math.prod(tile)
     counts = query.new_empty((batch, heads, (seq_len + block - 1) // block), dtype=torch.int32)
     return query.new_empty(query.shape), counts
 

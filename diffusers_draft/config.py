@@ -8,6 +8,7 @@ from numbers import Integral
 from typing import Literal
 
 from .kernels import check_name
+from .layout import Tile
 from .select import BUDGETS
 
 Budget = Literal["head", "row"]
@@ -22,7 +23,8 @@ class DraftConfig:
             for Wan.
         budget: `"head"` keeps the best pairs of each head's whole map (the paper); `"row"` keeps the same number of
             key blocks for every query block.
-        tile: `(h, w)` tokens; blocks are patches of about this shape, `h * w` a multiple of 16.
+        tile: `(h, w)` tokens of one frame, or `(t, h, w)` tokens of several; blocks are patches of about this shape.
+            The product must be a multiple of 16.
         dense_steps: share of the run's steps, from its start, that stay dense, in [0, 1]. Overrides `dense_timestep`.
         dense_timestep: steps whose timestep is above this stay dense, in the scheduler's units.
         dense_layers: layers that stay dense, as indices into the model's self-attention layers in execution order.
@@ -34,7 +36,7 @@ class DraftConfig:
 
     sparsity: float = 0.9
     budget: Budget = "head"
-    tile: tuple[int, int] = (8, 16)
+    tile: Tile = (8, 16)
     dense_steps: float | None = None
     dense_timestep: float | None = None
     dense_layers: Iterable[int] | None = None
@@ -45,10 +47,10 @@ class DraftConfig:
             raise ValueError(f"sparsity must be in [0, 1), got {self.sparsity!r}. Use 0.9 to skip 90 % of the pairs.")
         if self.budget not in BUDGETS:
             raise ValueError(f"Unknown budget {self.budget!r}. Expected one of {', '.join(map(repr, BUDGETS))}.")
-        if not _are_counts(self.tile, 2) or self.tile[0] * self.tile[1] % 16:
+        if not (_are_counts(self.tile, 2) or _are_counts(self.tile, 3)) or math.prod(self.tile) % 16:
             raise ValueError(
-                f"tile must be (height, width) with height * width a multiple of 16 tokens, got {self.tile!r}. "
-                "The paper uses (8, 16)."
+                "tile must be (height, width) or (frames, height, width), their product a multiple of 16 tokens, got "
+                f"{self.tile!r}. The paper uses (8, 16)."
             )
         if self.dense_steps is not None and not 0 <= self.dense_steps <= 1:
             raise ValueError(f"dense_steps is a share of the run and must be in [0, 1], got {self.dense_steps!r}.")
@@ -58,6 +60,11 @@ class DraftConfig:
         object.__setattr__(self, "tile", tuple(map(operator.index, self.tile)))
         if self.dense_layers is not None:
             object.__setattr__(self, "dense_layers", _layer_indices(self.dense_layers))
+
+    @property
+    def block(self) -> int:
+        """Tokens of a block."""
+        return math.prod(self.tile)
 
     @classmethod
     def hunyuan_custom(cls, sparsity: float = 0.9) -> "DraftConfig":

@@ -1,12 +1,16 @@
 """Token order: a latent grid of any size becomes full blocks of compact patches, without padding."""
 
 import functools
+import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 Grid = tuple[int, int, int]
+Tile = tuple[int, ...]
+"""`(h, w)` rows and columns of tokens, or `(t, h, w)` with frames."""
 
 
 @dataclass(frozen=True)
@@ -30,34 +34,39 @@ class TokenLayout:
     num_video_blocks: int
 
 
-def walk(grid: Grid, strip_height: int) -> Tensor:
+def walk(grid: Grid, tile: Tile) -> Tensor:
     """Visits every token of the grid so that any run of consecutive tokens is a compact patch.
 
-    A frame's rows are split into strips of nearly equal height; the walk goes column by column along one strip and
-    back along the next. Every other frame is walked backwards, so that a frame begins where the last one ended.
+    Frames are split into slabs of nearly equal depth, of one frame where the tile has no depth, and the rows of a slab
+    into strips of nearly equal height. The walk goes column by column along one strip and back along the next. Every
+    other slab is walked backwards, so that a slab begins where the last one ended.
 
     Args:
         grid: `(T, Y, X)` latent frames, rows and columns in tokens.
-        strip_height: the height wanted; the real one is `Y / round(Y / strip_height)`.
+        tile: the depth and the height wanted; the real ones are `T / round(T / depth)` and `Y / round(Y / height)`.
 
     Returns:
         `(T * Y * X,)` int64 raster positions in walking order.
     """
-    frames, rows, columns = grid
-    frame = torch.arange(rows * columns).view(rows, columns)
-    strips = max(1, round(rows / strip_height))
+    depth, height = (1, *tile)[-3:-1]
     path = []
-    for strip in range(strips):
-        by_column = frame[strip * rows // strips : (strip + 1) * rows // strips].T
-        path.append((by_column.flip(0) if strip % 2 else by_column).flatten())
-    forth = torch.cat(path)
-    both_ways = torch.stack([forth, forth.flip(0)])
-    first_token = torch.arange(frames) * (rows * columns)
-    return (both_ways[torch.arange(frames) % 2] + first_token[:, None]).flatten()
+    for number, slab in enumerate(_parts(torch.arange(math.prod(grid)).view(grid), depth, dim=0)):
+        strips = _parts(slab, height, dim=1)
+        forth = [(strip.flip(2) if back % 2 else strip).permute(2, 0, 1) for back, strip in enumerate(strips)]
+        along = torch.cat([strip.flatten() for strip in forth])
+        path.append(along.flip(0) if number % 2 else along)
+    return torch.cat(path)
+
+
+def _parts(tokens: Tensor, size: int, dim: int) -> Sequence[Tensor]:
+    """Cuts into `round(length / size)` parts of nearly equal length."""
+    length = tokens.shape[dim]
+    count = max(1, round(length / size))
+    return tokens.tensor_split([part * length // count for part in range(1, count)], dim)
 
 
 @functools.lru_cache(maxsize=8)  # grids change during a run; those of old ones are let go
-def token_layout(grid: Grid, prefix: int, seq_len: int, tile: tuple[int, int], device: torch.device) -> TokenLayout:
+def token_layout(grid: Grid, prefix: int, seq_len: int, tile: Tile, device: torch.device) -> TokenLayout:
     """Builds, once for each set of arguments, the order for `seq_len` tokens of which `grid` start at `prefix`.
 
     Raises:
@@ -69,10 +78,10 @@ def token_layout(grid: Grid, prefix: int, seq_len: int, tile: tuple[int, int], d
             f"The grid (T, Y, X) = {grid} has {video} video tokens behind a prefix of {prefix}, but the sequence has "
             f"only {seq_len} tokens. Pass the grid of tokens (latent frames, rows and columns after patching)."
         )
-    block = tile[0] * tile[1]
+    block = math.prod(tile)
     # Cached tensors must stay usable under autograd even when the first call runs in inference mode.
     with torch.inference_mode(False):
-        order = torch.cat([prefix + walk(grid, tile[0]), torch.arange(prefix), torch.arange(prefix + video, seq_len)])
+        order = torch.cat([prefix + walk(grid, tile), torch.arange(prefix), torch.arange(prefix + video, seq_len)])
         return TokenLayout(
             order=order.to(device),
             inverse=torch.argsort(order).to(device),

@@ -60,8 +60,8 @@ class TransformerReport:
         if self.grid:
             lines.append(f"  grid      {self.grid} = {self.grid[0] * self.grid[1] * self.grid[2]:,} video tokens")
         if self.blocks:
-            tile = self.config.tile[0] * self.config.tile[1]
-            lines.append(f"  blocks    {self.blocks[0]} of {tile} tokens, {self.blocks[1]} of them video")
+            total, video = self.blocks
+            lines.append(f"  blocks    {total} of {self.config.block} tokens, {video} of them video")
         if self.density is None:
             lines.append("  density   no sparse call yet")
         else:
@@ -88,14 +88,13 @@ def report_on(component: str, attachment: Attachment) -> TransformerReport:
     """Reads the counters; waits for the device to fetch the densities."""
     state, config = attachment.state, attachment.config
     frames, rows, columns, _ = state.geometry.tolist()
-    block = config.tile[0] * config.tile[1]
     counts = (processor.kv_num_blocks for processor in attachment.processors.values())
     measured = next((count for count in counts if count is not None), None)
     choice = blocks = None
     if measured is not None and state.kind is not None:
         dtype, head_dim, needs_grad = state.kind
-        choice = kernels.choose(config.backend, measured.device, dtype, head_dim, block, needs_grad)
-        blocks = (measured.shape[-1], math.prod(attachment.last_sparse or (0,)) // block)
+        choice = kernels.choose(config.backend, measured.device, dtype, head_dim, config.block, needs_grad)
+        blocks = (measured.shape[-1], math.prod(attachment.last_sparse or (0,)) // config.block)
     forwards = attachment.forwards
     return TransformerReport(
         component=component,
@@ -106,7 +105,9 @@ def report_on(component: str, attachment: Attachment) -> TransformerReport:
         backend_reason=choice.reason if choice else None,
         grid=(frames, rows, columns) if frames else None,
         blocks=blocks,
-        densities={path: _density(p.kv_num_blocks, p.kv_len, block) for path, p in attachment.processors.items()},
+        densities={
+            path: _density(p.kv_num_blocks, p.kv_len, config.block) for path, p in attachment.processors.items()
+        },
         dense_layers=attachment.dense_layers,
         steps=dict(attachment.steps),
         forwards=dict(forwards),

@@ -38,23 +38,22 @@ def strips(rows: int, height: int) -> list[list[int]]:
     return members
 
 
-def walk(grid: Grid, height: int) -> list[int]:
-    """Raster positions in walking order: column by column, strips back and forth, odd frames reversed."""
+def walk(grid: Grid, tile: tuple[int, ...]) -> list[int]:
+    """Raster positions in walking order: column by column, strips back and forth, odd slabs of frames reversed."""
     frames, rows, columns = grid
-    path = []
-    for number, strip in enumerate(strips(rows, height)):
-        order = range(columns) if number % 2 == 0 else reversed(range(columns))
-        path += [row * columns + column for column in order for row in strip]
     visited = []
-    for frame in range(frames):
-        one_frame = path if frame % 2 == 0 else path[::-1]
-        visited += [frame * rows * columns + position for position in one_frame]
+    for slab_number, slab in enumerate(strips(frames, tile[0] if len(tile) == 3 else 1)):
+        path = []
+        for number, strip in enumerate(strips(rows, tile[-2])):
+            order = range(columns) if number % 2 == 0 else reversed(range(columns))
+            path += [(f * rows + row) * columns + column for column in order for f in slab for row in strip]
+        visited += path if slab_number % 2 == 0 else path[::-1]
     return visited
 
 
-def block_order(grid: Grid, prefix: int, seq_len: int, height: int) -> Tensor:
+def block_order(grid: Grid, prefix: int, seq_len: int, tile: tuple[int, ...]) -> Tensor:
     """`(S,)` original position of each token when the video is walked first and all other tokens come behind."""
-    video = walk(grid, height)
+    video = walk(grid, tile)
     others = [*range(prefix), *range(prefix + len(video), seq_len)]
     return torch.tensor([prefix + position for position in video] + others, dtype=torch.int64)
 

@@ -215,7 +215,7 @@ def test_custom_processor_on_cross_attention_is_fine() -> None:
         (dict(sparsity=math.nan), "sparsity"),
         (dict(budget="heads"), "'head', 'row'"),
         (dict(tile=(8, 15)), "tile"),
-        (dict(tile=(8, 16, 1)), "tile"),
+        (dict(tile=(1, 8, 16, 1)), "tile"),
         (dict(dense_steps=1.5), "dense_steps"),
         (dict(dense_steps=25), "dense_steps"),
         (dict(dense_layers=(-1,)), "dense_layers"),

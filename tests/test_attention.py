@@ -1,5 +1,6 @@
 import contextlib
 import dataclasses
+import math
 from dataclasses import dataclass
 from unittest import mock
 
@@ -30,7 +31,7 @@ class Case:
     dtype: torch.dtype = torch.float32
     sparsity: float = 0.75
     budget: str = "head"
-    tile: tuple[int, int] = (8, 16)
+    tile: tuple[int, ...] = (8, 16)
     seed: int = 0
 
     @property
@@ -40,7 +41,7 @@ class Case:
 
     @property
     def block(self) -> int:
-        return self.tile[0] * self.tile[1]
+        return math.prod(self.tile)
 
     @property
     def num_video(self) -> int:
@@ -59,7 +60,7 @@ class Case:
 
     @property
     def order(self) -> Tensor:
-        return oracle.block_order(self.grid, self.prefix, self.seq_len, self.tile[0])
+        return oracle.block_order(self.grid, self.prefix, self.seq_len, self.tile)
 
     def tensors(self) -> list[Tensor]:
         generator = torch.Generator().manual_seed(self.seed)
@@ -101,7 +102,7 @@ def cases(draw, max_video: int = 1200, max_heads: int = 2) -> Case:
         dtype=draw(st.sampled_from([torch.float32, torch.float16, torch.bfloat16])),
         sparsity=draw(st.sampled_from(SPARSITIES) | st.floats(0, 0.97)),
         budget=draw(st.sampled_from(["head", "row"])),
-        tile=draw(st.sampled_from([(4, 4), (4, 8), (8, 16), (16, 8)])),
+        tile=draw(st.sampled_from([(4, 4), (4, 8), (8, 16), (16, 8), (2, 4, 4)])),
         seed=draw(st.integers(0, 2**16)),
     )
 

@@ -39,7 +39,7 @@ def call_of(query, key, kv_len=None, seed=0, **options):
 def true_mass(query, key, kv_len):
     """`(B, H, Nv, N)` float64 in plain loops over blocks."""
     batch, _, heads, head_dim = query.shape
-    order = oracle.block_order(GRID, PREFIX, SEQ_LEN, TILE[0])
+    order = oracle.block_order(GRID, PREFIX, SEQ_LEN, TILE)
     scores = torch.einsum("bqhd,bkhd->bhqk", query.double(), key.double()) * head_dim**-0.5
     weights = scores.masked_fill(~oracle.length_mask(batch, heads, SEQ_LEN, kv_len), -torch.inf).softmax(-1)
     blocks = [order[start : start + BLOCK] for start in range(0, SEQ_LEN, BLOCK)]
@@ -72,7 +72,7 @@ def test_measures_of_a_call_equal_brute_force(budget, lengths):
     geometry, generator = torch.tensor([*GRID, PREFIX]), torch.Generator()
     found = measure_call(query, key, value, dense.float(), geometry, kv_len, None, Setting(config), generator)
 
-    order, scale = oracle.block_order(GRID, PREFIX, SEQ_LEN, TILE[0]), 16**-0.5
+    order, scale = oracle.block_order(GRID, PREFIX, SEQ_LEN, TILE), 16**-0.5
     draft = oracle.draft_map(query, key, order, VIDEO_BLOCKS, BLOCK, scale)
     expected_mass, video = true_mass(query, key, kv_len), slice(PREFIX, PREFIX + 2 * 9 * 13)
     blocks = [order[start : start + BLOCK] for start in range(0, SEQ_LEN, BLOCK)]
@@ -129,7 +129,7 @@ def test_local_window_keeps_the_nearest_blocks_in_space_and_time(prefix):
     config = DraftConfig(sparsity=1 - 5 / 18, budget="row", tile=tile)
     call = ordered_call(query, query, torch.tensor([*grid, prefix]), None, config, None, torch.Generator())
     kept = chosen(SELECTIONS["local"](call), call, config).to_dense()[0, 0, :18, :18]
-    order = oracle.block_order(grid, prefix, query.shape[1], 8) - prefix
+    order = oracle.block_order(grid, prefix, query.shape[1], tile) - prefix
     places = []
     for block in range(18):
         tokens = order[block * 128 : (block + 1) * 128]

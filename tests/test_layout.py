@@ -1,3 +1,5 @@
+import math
+
 import oracle
 import pytest
 import torch
@@ -9,23 +11,23 @@ from diffusers_draft.layout import token_layout, walk
 CPU = torch.device("cpu")
 
 grids = st.tuples(st.integers(1, 5), st.integers(1, 40), st.integers(1, 60))
-heights = st.sampled_from([1, 4, 8, 16])
+tiles = st.sampled_from([(1, 128), (4, 32), (8, 16), (16, 8), (2, 8, 8), (3, 4, 4)])
 
 
 def coordinates(grid):
     """`(T * Y * X, 3)` frame, row and column of each token in walking order."""
-    return torch.stack(torch.unravel_index(walk(grid, 8), grid), dim=1)
+    return torch.stack(torch.unravel_index(walk(grid, (8, 16)), grid), dim=1)
 
 
-@given(grid=grids, height=heights)
-@example(grid=(3, 30, 52), height=8)
-@example(grid=(2, 45, 80), height=8)
-@example(grid=(1, 1, 1), height=8)
-@example(grid=(5, 12, 7), height=8)
-@example(grid=(2, 3, 5), height=16)
-def test_walk_equals_the_naive_walk_and_visits_every_token_once(grid, height):
-    visited = walk(grid, height).tolist()
-    assert visited == oracle.walk(grid, height)
+@given(grid=grids, tile=tiles)
+@example(grid=(3, 30, 52), tile=(8, 16))
+@example(grid=(2, 45, 80), tile=(8, 16))
+@example(grid=(1, 1, 1), tile=(8, 16))
+@example(grid=(5, 12, 7), tile=(2, 8, 8))
+@example(grid=(2, 3, 5), tile=(16, 8))
+def test_walk_equals_the_naive_walk_and_visits_every_token_once(grid, tile):
+    visited = walk(grid, tile).tolist()
+    assert visited == oracle.walk(grid, tile)
     assert sorted(visited) == list(range(grid[0] * grid[1] * grid[2]))
 
 
@@ -40,9 +42,15 @@ def test_runs_are_the_tiles_of_the_paper_where_these_fit(grid):
         for top in range(0, rows, 8)
         for left in range(0, columns, 16)
     }
-    runs = walk(grid, 8).view(-1, 128).tolist()
+    runs = walk(grid, (8, 16)).view(-1, 128).tolist()
     assert {frozenset(run) for run in runs} == tiles
     assert len(runs) == len(tiles)
+
+
+def test_runs_are_boxes_of_several_frames_where_these_fit():
+    runs = torch.stack(torch.unravel_index(walk((4, 16, 24), (2, 8, 8)), (4, 16, 24)), dim=1).view(-1, 128, 3)
+    assert ((runs.amax(1) - runs.amin(1) + 1) == torch.tensor([2, 8, 8])).all()
+    assert len(runs.amin(1).unique(dim=0)) == len(runs)
 
 
 @pytest.mark.parametrize("grid", [(2, 30, 52), (2, 45, 80), (3, 22, 40), (2, 34, 60)], ids=str)
@@ -68,17 +76,17 @@ def test_consecutive_tokens_are_neighbours_but_for_the_way_back_to_the_next_colu
     assert (jumps[:, 2] == 1).all()
 
 
-@given(grid=grids, prefix=st.integers(0, 300), suffix=st.integers(0, 300), tile=st.sampled_from([(8, 16), (4, 8)]))
+@given(grid=grids, prefix=st.integers(0, 300), suffix=st.integers(0, 300), tile=tiles)
 @example(grid=(1, 8, 16), prefix=0, suffix=0, tile=(8, 16))
 @example(grid=(2, 30, 52), prefix=128, suffix=128, tile=(8, 16))
 def test_token_layout_puts_video_first_and_can_be_undone(grid, prefix, suffix, tile):
     video = grid[0] * grid[1] * grid[2]
     seq_len = prefix + video + suffix
     layout = token_layout(grid, prefix, seq_len, tile, CPU)
-    assert torch.equal(layout.order, oracle.block_order(grid, prefix, seq_len, tile[0]))
+    assert torch.equal(layout.order, oracle.block_order(grid, prefix, seq_len, tile))
     assert torch.equal(layout.order[layout.inverse], torch.arange(seq_len))
     assert torch.equal(layout.inverse[layout.order], torch.arange(seq_len))
-    block = tile[0] * tile[1]
+    block = math.prod(tile)
     assert layout.block == block
     assert layout.num_video_blocks * block <= video < (layout.num_video_blocks + 1) * block
     assert (layout.num_blocks - 1) * block < seq_len <= layout.num_blocks * block

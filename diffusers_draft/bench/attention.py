@@ -14,7 +14,7 @@ from .. import kernels
 from ..attention import draft_attention, steps_for
 from ..block_mask import BlockMask
 from ..config import Budget
-from ..layout import token_layout
+from ..layout import Tile, token_layout
 from .measure import Time, measure
 from .shapes import Shape
 
@@ -66,9 +66,7 @@ def run_dense(case: Case) -> Iterator[Row]:
         yield _checked_row(name, "dense", case, call, _dense_rows(case))
 
 
-def run_draft(
-    case: Case, sparsity: float, budget: Budget, tile: tuple[int, int], backends: list[str]
-) -> Iterator[Row]:
+def run_draft(case: Case, sparsity: float, budget: Budget, tile: Tile, backends: list[str]) -> Iterator[Row]:
     """Times the whole operator with each backend, and the stages with the backend that `auto` takes."""
     query, key, value = case.tensors
     state = _stages(case, sparsity, budget, tile)
@@ -120,7 +118,7 @@ def _dense_calls(case: Case) -> dict[str, Callable[[], Tensor]]:
     return calls
 
 
-def _stages(case: Case, sparsity: float, budget: Budget, tile: tuple[int, int]) -> dict[str, Any]:
+def _stages(case: Case, sparsity: float, budget: Budget, tile: Tile) -> dict[str, Any]:
     """Runs the operator once, stage by stage, and keeps what the checks and the timings need."""
     query, key, value = case.tensors
     shape = case.shape

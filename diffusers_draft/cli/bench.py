@@ -40,7 +40,7 @@ def _add_attention(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--batch", type=int, default=1)
     parser.add_argument("--sparsity", type=float, nargs="+", default=[0.9])
     parser.add_argument("--budget", nargs="+", choices=["head", "row"], default=["head", "row"])
-    parser.add_argument("--tile", type=int, nargs=2, default=[8, 16])
+    parser.add_argument("--tile", type=int, nargs="+", default=[8, 16])
     parser.add_argument("--backend", nargs="+", help="default: every backend but the reference")
     parser.add_argument("--dtype", choices=["float32", "float16", "bfloat16"], help="default: float32 on CPU")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
@@ -88,13 +88,12 @@ def run_attention(args: argparse.Namespace) -> None:
     print(f"{name}: {shape}, {shape.seq_len:,} tokens, {dtype}, {kind} inputs")
     inputs = (random_inputs if args.random else structured_inputs)(shape, device, dtype, args.seed)
     case = Case(shape, inputs, args.seconds)
-    tile = (args.tile[0], args.tile[1])
     backends = args.backend or [backend for backend in kernels.BACKENDS if backend != "reference"]
     with torch.inference_mode():
         rows = list(run_dense(case))
         for sparsity in args.sparsity:
             for budget in args.budget:
-                rows += run_draft(case, sparsity, budget, tile, backends)
+                rows += run_draft(case, sparsity, budget, tuple(args.tile), backends)
     print(format_table(rows, shape))
     if args.json:
         record = {"environment": facts, "name": name, "shape": vars(shape), "dtype": str(dtype), "tile": args.tile}

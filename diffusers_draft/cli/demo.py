@@ -84,7 +84,7 @@ def _checked_config(args: argparse.Namespace) -> DraftConfig:
         size = getattr(args, name)
         if size < 16 or size % 16:
             raise CommandError(f"--{name} must be a multiple of 16 pixels, got {size}")
-    block = config.tile[0] * config.tile[1]
+    block = config.block
     tokens = (args.frames + 1) // 2 * (args.height // 4) * (args.width // 4)
     if tokens < 2 * block:
         raise CommandError(

@@ -10,7 +10,7 @@ from torch import Tensor
 from ..block_mask import BlockMask
 from ..config import DraftConfig
 from ..draft import block_means, draft_map
-from ..layout import Grid, TokenLayout
+from ..layout import Grid, Tile, TokenLayout
 from ..select import select
 from .mass import block_mass
 
@@ -27,7 +27,7 @@ class Call:
         layout: the block order.
         scale: factor on the scores.
         kv_len: `(B,)` leading valid keys or None.
-        tile: `(h, w)` tokens of a block.
+        tile: `(h, w)` or `(t, h, w)` tokens of a block.
         generator: source of what is random, on the CPU.
     """
 
@@ -38,7 +38,7 @@ class Call:
     layout: TokenLayout
     scale: float
     kv_len: Tensor | None
-    tile: tuple[int, ...]
+    tile: Tile
     generator: torch.Generator
 
     def heads(self, heads: list[int]) -> "Call":
