@@ -8,7 +8,7 @@ import pytest
 import diffusers_draft
 
 PACKAGE = Path(diffusers_draft.__file__).parent
-EDGES = ("__main__", "cli", "demo", "bench", "generation", "evaluation")
+EDGES = ("__main__", "cli", "demo", "bench", "generation", "evaluation", "training")
 """Applications of the package: they may import all of it, and nothing of it may import them."""
 
 ALLOWED = {

@@ -13,7 +13,14 @@ from typing import NoReturn
 
 from .. import __version__
 
-SUBCOMMANDS = {"demo": "demo", "generate": "generate", "eval": "evaluate", "bench": "bench", "models": "models"}
+SUBCOMMANDS = {
+    "demo": "demo",
+    "generate": "generate",
+    "eval": "evaluate",
+    "train": "train",
+    "bench": "bench",
+    "models": "models",
+}
 """Names and the modules behind them."""
 
 

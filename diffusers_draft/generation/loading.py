@@ -85,10 +85,7 @@ def load(model: Model, *, with_image: bool = False) -> Any:
     chosen = pipeline_class(index, with_image)
     exact = [name for name, entry in index.items() if isinstance(entry, list) and entry[1] in FLOAT32_COMPONENTS]
     dtypes = {"default": dtype} | dict.fromkeys(exact, torch.float32)
-    with warnings.catch_warnings():
-        # The oldest supported diffusers knows this name alone.
-        warnings.filterwarnings("ignore", "`torch_dtype` is deprecated", FutureWarning)
-        pipe = chosen.from_pretrained(model.name, torch_dtype=dtypes)
+    pipe = from_pretrained(chosen, model.name, dtypes)
     for transformer in transformers(pipe):
         if model.fp8:
             transformer.enable_layerwise_casting(storage_dtype=torch.float8_e4m3fn, compute_dtype=dtype)
@@ -103,6 +100,14 @@ def load(model: Model, *, with_image: bool = False) -> Any:
     else:
         pipe.to(where)
     return pipe
+
+
+def from_pretrained(pipeline: Any, name: str, dtype: torch.dtype | dict[str, torch.dtype]) -> Any:
+    """Loads with weights of these dtypes, but for those that diffusers keeps in float32."""
+    with warnings.catch_warnings():
+        # The oldest supported diffusers knows this name alone.
+        warnings.filterwarnings("ignore", "`torch_dtype` is deprecated", FutureWarning)
+        return pipeline.from_pretrained(name, torch_dtype=dtype)
 
 
 def pipeline_class(index: dict[str, Any], with_image: bool) -> Any:

@@ -1,0 +1,195 @@
+"""Draws scenes as videos, on any device, a whole batch at once."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from .scenes import CAMERAS, COLOURS, MOST_SHAPES, MOTIONS, PATTERNS, SHAPES, TEXTURES, Scenes
+
+LIGHT = (-0.6, -0.8)
+"""Where the light comes from, in the plane of the frame."""
+SHADOW = 5.0
+"""How far a shadow falls, in pixels."""
+
+
+def draw(scenes: Scenes, frames: int, height: int, width: int) -> Tensor:
+    """Draws a batch of clips.
+
+    Args:
+        scenes: what they show, on the device to draw on.
+        frames: F, frames of a clip.
+        height: H in pixels.
+        width: W likewise.
+
+    Returns:
+        `(B, 3, F, H, W)` float32 in [-1, 1].
+    """
+    world = _world(scenes, frames, height, width)
+    palette = torch.tensor(list(COLOURS.values()), device=world.x.device)
+    ground = _look_up(palette[scenes.pattern_colour] * scenes.brightness[:, -1:])
+    picture = ground * (0.55 + 0.45 * _background(scenes, world))[:, None]
+    for place in range(MOST_SHAPES):
+        shape = _shape(scenes, world, place)
+        colour = _look_up(palette[scenes.colour[:, place]] * scenes.brightness[:, place, None])
+        picture = picture * (1 - 0.45 * shape.shadow)[:, None]
+        picture = torch.lerp(picture, colour * shape.tone[:, None], shape.cover[:, None])
+    return picture.clamp(0, 1) * 2 - 1
+
+
+@dataclass(frozen=True)
+class _World:
+    """Where the pixels of a clip look: `(B, F, H, W)` x and y, `(F,)` times and `(B, F, 1, 1)` zoom."""
+
+    x: Tensor
+    y: Tensor
+    time: Tensor
+    zoom: Tensor
+
+
+@dataclass(frozen=True)
+class _Shape:
+    """One shape of every clip, `(B, F, H, W)` each: how much of a pixel it covers and shades, and its brightness."""
+
+    cover: Tensor
+    shadow: Tensor
+    tone: Tensor
+
+
+def _world(scenes: Scenes, frames: int, height: int, width: int) -> _World:
+    device = scenes.camera.device
+    time = torch.arange(frames, device=device) - (frames - 1) / 2
+    across = torch.tensor([_towards(name, "left", "right") for name in CAMERAS], device=device)
+    down = torch.tensor([_towards(name, "up", "down") for name in CAMERAS], device=device)
+    closer = torch.tensor([_towards(name, "out", "in") for name in CAMERAS], device=device)
+    way = scenes.camera_speed[:, None] * time  # (B, F)
+    zoom = torch.exp(0.01 * closer[scenes.camera][:, None] * way)[..., None, None]
+    x = torch.arange(width, device=device) - (width - 1) / 2
+    y = (torch.arange(height, device=device) - (height - 1) / 2)[:, None]
+    x = x / zoom + (across[scenes.camera][:, None] * way)[..., None, None]
+    y = y / zoom + (down[scenes.camera][:, None] * way)[..., None, None]
+    x, y = torch.broadcast_tensors(x, y)
+    return _World(x, y, time, zoom)
+
+
+def _background(scenes: Scenes, world: _World) -> Tensor:
+    """`(B, F, H, W)` in [0, 1]: the pattern's dark and bright parts."""
+    size = _look_up(scenes.pattern_size)
+    angle = _look_up(scenes.pattern_angle)
+    u = (world.x * angle.cos() + world.y * angle.sin()) / size
+    v = (world.y * angle.cos() - world.x * angle.sin()) / size
+    edge = size * world.zoom / torch.pi  # pixels in which the value below moves by one where it is steepest
+    values = {
+        "stripes": _wave(u),
+        "checks": _wave(u) * _wave(v),
+        "dots": _wave(u) + _wave(v) - 0.9,
+        "waves": _wave(u + 0.25 * _wave(v)),
+    }
+    pattern = torch.stack([_threshold(values[name], edge) for name in PATTERNS if name != "sky"])
+    sky = (0.5 - world.y / (8 * size)).clamp(0, 1)
+    return _choose(torch.cat([pattern, sky[None]]), scenes.pattern)
+
+
+def _shape(scenes: Scenes, world: _World, place: int) -> _Shape:
+    radius = _look_up(scenes.radius[:, place])
+    x, y, turn = _motion(scenes, world.time, place)
+    x, y = (world.x - x) / radius, (world.y - y) / radius
+    pixels = radius * world.zoom
+
+    def turned(x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
+        return x * turn.cos() + y * turn.sin(), y * turn.cos() - x * turn.sin()
+
+    def cover(x: Tensor, y: Tensor, softness: float) -> tuple[Tensor, Tensor]:
+        distances = torch.stack([_DISTANCES[name](*turned(x, y)) for name in SHAPES])
+        distance = _choose(distances, scenes.shape[:, place])
+        return distance, (0.5 - distance * pixels / softness).clamp(0, 1)
+
+    distance, covered = cover(x, y, 1)
+    away = SHADOW / radius
+    _, shadow = cover(x + LIGHT[0] * away, y + LIGHT[1] * away, 5)
+    lit = 1.0 + 0.22 * (x * LIGHT[0] + y * LIGHT[1])
+    outline = (0.5 + (distance + 0.1) * pixels / 1.5).clamp(0, 1)
+    texture = _texture(*turned(x, y), pixels, scenes.texture[:, place])
+    tone = lit * (1 - 0.5 * outline) * (0.6 + 0.4 * texture)
+    there = _look_up(scenes.present[:, place])
+    return _Shape(covered * there, shadow * there, tone)
+
+
+def _motion(scenes: Scenes, time: Tensor, place: int) -> tuple[Tensor, Tensor, Tensor]:
+    """`(B, F, 1, 1)` each: x, y and the angle."""
+    device = time.device
+    motion, speed = scenes.motion[:, place], scenes.speed[:, place, None]
+    across = torch.tensor([_towards(name, "left", "right") for name in MOTIONS], device=device)
+    down = torch.tensor([_towards(name, "up", "down") for name in MOTIONS], device=device)
+    bounces = torch.tensor([float(name == "bouncing") for name in MOTIONS], device=device)
+    spins = torch.tensor([float(name == "spinning") for name in MOTIONS], device=device)
+    way = speed * time  # (B, F)
+    bounce = torch.sin(torch.pi * (way / 30 + scenes.phase[:, place, None])).abs()
+    x = scenes.position[:, place, :1] + across[motion][:, None] * way
+    y = scenes.position[:, place, 1:] + down[motion][:, None] * way - bounces[motion][:, None] * 22 * bounce
+    turn = scenes.angle[:, place, None] + spins[motion][:, None] * way / 20
+    return x[..., None, None], y[..., None, None], turn[..., None, None]
+
+
+def _texture(x: Tensor, y: Tensor, pixels: Tensor, index: Tensor) -> Tensor:
+    """`(B, F, H, W)` in [0, 1] for coordinates in radii."""
+    u, v = 1.6 * x, 1.6 * y
+    edge = pixels / (1.6 * torch.pi)
+    values = {"plain": torch.ones_like(u), "striped": _wave(u), "checkered": _wave(u) * _wave(v)}
+    values["dotted"] = 0.9 - _wave(u + 0.25) - _wave(v + 0.25)
+    return _choose(torch.stack([_threshold(values[name], edge) for name in TEXTURES]), index)
+
+
+def _star(x: Tensor, y: Tensor) -> Tensor:
+    """Of five points: a sector of 36 degrees, mirrored ten times."""
+    sector = torch.pi / 5
+    angle = torch.atan2(x, -y)
+    angle = torch.remainder(angle + sector, 2 * sector) - sector
+    length = torch.hypot(x, y)
+    across, along = length * angle.sin().abs(), length * angle.cos()
+    # From the point at (0, 1.1) to the notch at half of that.
+    notch_x, notch_y = 0.55 * torch.sin(torch.tensor(sector)).item(), 0.55 * torch.cos(torch.tensor(sector)).item()
+    edge_x, edge_y = notch_x, notch_y - 1.1
+    norm = (edge_x**2 + edge_y**2) ** 0.5
+    return (across * -edge_y + (along - 1.1) * edge_x) / norm
+
+
+def _cross(x: Tensor, y: Tensor) -> Tensor:
+    x, y = x.abs(), y.abs()
+    return torch.minimum(torch.maximum(x - 0.95, y - 0.34), torch.maximum(x - 0.34, y - 0.95))
+
+
+_DISTANCES: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
+    "circle": lambda x, y: torch.hypot(x, y) - 0.95,
+    "square": lambda x, y: torch.maximum(x.abs(), y.abs()) - 0.82,
+    "triangle": lambda x, y: torch.maximum(0.866 * x.abs() - 0.5 * y, y) - 0.52,
+    "star": _star,
+    "ring": lambda x, y: (torch.hypot(x, y) - 0.7).abs() - 0.26,
+    "cross": _cross,
+}
+"""Signed distances to the edge, in radii, for points in radii; negative inside."""
+
+
+def _wave(turns: Tensor) -> Tensor:
+    return torch.sin(2 * torch.pi * turns)
+
+
+def _threshold(value: Tensor, edge: Tensor) -> Tensor:
+    """1 above zero, 0 below, and between them over about one pixel."""
+    return (0.5 + value * edge / 2).clamp(0, 1)
+
+
+def _towards(name: str, negative: str, positive: str) -> float:
+    last = name.split()[-1]
+    return float(last == positive) - float(last == negative)
+
+
+def _choose(options: Tensor, index: Tensor) -> Tensor:
+    """From `(N, B, F, H, W)`, for every clip the option of its index."""
+    return options[index, torch.arange(len(index), device=index.device)]
+
+
+def _look_up(values: Tensor) -> Tensor:
+    """`(B, ...)` as something that pixels `(B, ..., F, H, W)` can be multiplied with."""
+    return values[..., None, None, None]

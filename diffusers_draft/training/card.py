@@ -1,0 +1,135 @@
+"""The model card: how the model was trained, its loss, and samples to look at."""
+
+import platform
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import diffusers
+import numpy as np
+import torch
+from matplotlib.figure import Figure
+from PIL import Image
+
+from .. import __version__
+from ..demo.scenes import captions
+from .clips import HELD_OUT, scenes
+from .loop import Progress
+
+SAMPLES = 8
+SHOWN = 4
+"""Frames of each sample."""
+HEIGHT, WIDTH, FRAMES, STEPS = 192, 384, 17, 25
+
+TEXT = """---
+license: apache-2.0
+library_name: diffusers
+pipeline_tag: text-to-video
+---
+
+# The demo's model
+
+A small Wan pipeline, all of whose classes are those of diffusers and transformers: {parameters:,} parameters in
+bfloat16. It makes short clips of shapes that move over a pattern, from captions such as
+
+> {caption}
+
+It exists to try draft attention and to measure what it costs. It knows nothing else of the world.
+
+![Samples, {shown} frames each](samples.png)
+
+*{samples} captions that it was not trained on; {frames} frames of {height} x {width} pixels in {steps} steps, no
+guidance.*
+
+## Training
+
+- Data: clips drawn by `diffusers_draft.demo.drawing` from random scenes, every batch new, seed {seed}.
+- Autoencoder: {autoencoder_steps:,} steps in {autoencoder_minutes:.1f} minutes. It gives clips back with a PSNR of
+  {psnr:.1f} dB.
+- Transformer and text encoder: {flow_steps:,} steps in {flow_minutes:.1f} minutes of flow matching, about
+  {tokens:,} tokens a step, on grids that grow up to 9 x 24 x 48 tokens; a tenth of the clips without a caption. AdamW,
+  moving average of the weights.
+- Device: {device}; diffusers-draft {version}{commit}, torch {torch}, diffusers {diffusers}, Python {python}.
+- Command: `{command}`
+
+![Loss of the autoencoder and of the flow](loss.png)
+"""
+
+
+def write_card(folder: Path, pipe: Any, training: Any, learned: dict[str, Progress], psnr: float) -> None:
+    """Writes README.md, samples.png and loss.png beside the pipeline.
+
+    Args:
+        folder: of the pipeline.
+        pipe: trained, on its device.
+        training: how it was.
+        learned: the progress of both phases, by name.
+        psnr: of the autoencoder, in dB.
+    """
+    prompts = captions(scenes(SAMPLES, HEIGHT, WIDTH, training.seed, HELD_OUT + 100))
+    contact_sheet(pipe, prompts).save(folder / "samples.png")
+    _loss_curves(learned).savefig(folder / "loss.png", dpi=100)
+    parts = (pipe.vae, pipe.transformer, pipe.text_encoder)
+    facts: dict[str, Any] = {
+        "parameters": sum(parameter.numel() for part in parts for parameter in part.parameters()),
+        "caption": prompts[0],
+        "samples": SAMPLES,
+        "shown": SHOWN,
+        "frames": FRAMES,
+        "height": HEIGHT,
+        "width": WIDTH,
+        "steps": STEPS,
+        "seed": training.seed,
+        "tokens": training.tokens,
+        "psnr": psnr,
+        "device": torch.cuda.get_device_name() if torch.cuda.is_available() else platform.machine(),
+        "version": __version__,
+        "commit": _commit(),
+        "torch": torch.__version__,
+        "diffusers": diffusers.__version__,
+        "python": platform.python_version(),
+        "command": " ".join(["diffusers-draft", *sys.argv[1:]]),
+    }
+    for name, progress in learned.items():
+        facts |= {f"{name}_steps": progress.steps, f"{name}_minutes": progress.seconds / 60}
+    (folder / "README.md").write_text(TEXT.format(**facts))
+
+
+def contact_sheet(pipe: Any, prompts: list[str]) -> Image.Image:
+    """A row of frames for each prompt, from the first to the last."""
+    pipe.set_progress_bar_config(leave=False)
+    rows = []
+    for number, prompt in enumerate(prompts):
+        frames = pipe(
+            prompt,
+            num_frames=FRAMES,
+            height=HEIGHT,
+            width=WIDTH,
+            num_inference_steps=STEPS,
+            guidance_scale=1.0,
+            generator=torch.Generator().manual_seed(number),
+            output_type="np",
+        ).frames[0]
+        shown = frames[np.linspace(0, len(frames) - 1, SHOWN).round().astype(int)]
+        rows.append(np.concatenate(list(shown), axis=1))
+    return Image.fromarray((np.concatenate(rows) * 255).round().astype(np.uint8))
+
+
+def _loss_curves(learned: dict[str, Progress]) -> Figure:
+    figure = Figure(figsize=(9, 3.2), layout="constrained")
+    for axes, (name, progress) in zip(figure.subplots(1, len(learned)), learned.items(), strict=True):
+        steps, losses = zip(*progress.losses, strict=True) if progress.losses else ((), ())
+        axes.plot(steps, losses, linewidth=0.8)
+        axes.set(title=name, xlabel="step", ylabel="loss", yscale="log")
+    return figure
+
+
+def _commit() -> str:
+    """The commit of a checkout, in brackets; nothing for an installed package."""
+    command = ["git", "-C", str(Path(__file__).parent), "rev-parse", "--short", "HEAD"]
+    try:
+        found = subprocess.run(command, capture_output=True, text=True, check=True)
+    except (OSError, subprocess.CalledProcessError):
+        return ""
+    return f" ({found.stdout.strip()})"

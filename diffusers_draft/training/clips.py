@@ -1,0 +1,46 @@
+"""The clips of a batch: each depends on a seed and the batch's number alone, so that a training can be resumed."""
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from ..demo.drawing import draw
+from ..demo.scenes import Scenes, captions, sample_scenes
+
+HELD_OUT = 1 << 31
+"""Numbers from here on are not trained on."""
+
+
+def scenes(batch: int, height: int, width: int, seed: int, number: int) -> Scenes:
+    """The scenes of one batch, on the CPU."""
+    return sample_scenes(batch, height, width, _generator(torch.device("cpu"), seed, number, 0))
+
+
+def clips(
+    device: torch.device, batch: int, size: tuple[int, int, int], seed: int, number: int
+) -> tuple[Tensor, list[str]]:
+    """Draws one batch.
+
+    Args:
+        device: to draw on.
+        batch: B.
+        size: `(F, H, W)` in frames and pixels.
+        seed: of the training.
+        number: of the batch.
+
+    Returns:
+        `(B, 3, F, H, W)` float32 in [-1, 1], and B captions.
+    """
+    frames, height, width = size
+    chosen = scenes(batch, height, width, seed, number)
+    return draw(chosen.to(device), frames, height, width), captions(chosen)
+
+
+def noise_generator(device: torch.device, seed: int, number: int) -> torch.Generator:
+    """Of the noise of one batch: on the device, and independent of the scenes."""
+    return _generator(device, seed, number, 1)
+
+
+def _generator(device: torch.device, *numbers: int) -> torch.Generator:
+    # torch's generator on the CPU reads 32 bits of a seed, so that these are mixed first.
+    return torch.Generator(device).manual_seed(int(np.random.SeedSequence(numbers).generate_state(1)[0]))

@@ -1,0 +1,148 @@
+"""A training phase that lasts so many minutes, can be stopped at any time and goes on where it was."""
+
+import os
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from diffusers.training_utils import EMAModel
+from torch import Tensor, nn
+from tqdm import tqdm
+
+from .. import __version__
+
+WARM_UP = 100
+"""Steps in which the learning rate rises."""
+COOL_DOWN = 0.4
+"""Share of the time, in the end, in which it falls to nothing."""
+LOG_EVERY = 20
+"""Steps between two entries of the loss curve; only then does the loop wait for the device."""
+
+
+@dataclass
+class Phase:
+    """What one phase trains, and how.
+
+    Attributes:
+        name: of its checkpoint.
+        minutes: how long it lasts, over all times that it is resumed.
+        modules: what is trained, by name.
+        learning_rate: the highest.
+        step: computes the loss of a step, from the step's number and the share of the time that has passed.
+    """
+
+    name: str
+    minutes: float
+    modules: dict[str, nn.Module]
+    learning_rate: float
+    step: Callable[[int, float], Tensor]
+
+
+@dataclass
+class Progress:
+    """How far a phase is.
+
+    Attributes:
+        steps: made.
+        seconds: that they took.
+        losses: `(step, mean loss since the entry before)` of the loss curve.
+    """
+
+    steps: int = 0
+    seconds: float = 0.0
+    losses: list[tuple[int, float]] = field(default_factory=list)
+
+
+def train(phase: Phase, folder: Path, save_every: float = 60.0) -> Progress:
+    """Trains until the phase's time is over; its modules then hold the moving average of their weights.
+
+    Args:
+        phase: what to train.
+        folder: where its checkpoint is kept, and found if there is one.
+        save_every: seconds from one checkpoint to the next.
+
+    Raises:
+        ValueError: if the loss is not finite, or the checkpoint is another version's.
+        OSError: if a checkpoint cannot be written.
+    """
+    parameters = [parameter for module in phase.modules.values() for parameter in module.parameters()]
+    optimizer = torch.optim.AdamW(parameters, betas=(0.9, 0.95), weight_decay=0.01, fused=True)
+    average = EMAModel(parameters, decay=0.999, use_ema_warmup=True, inv_gamma=10.0, power=0.75, foreach=True)
+    progress = Progress()
+    checkpoint = _Checkpoint(folder / f"{phase.name}.pt", phase, optimizer, average, progress)
+    checkpoint.load(parameters[0].device)
+    with tqdm(total=round(60 * phase.minutes), initial=round(progress.seconds), unit="s", desc=phase.name) as bar:
+        recent: list[Tensor] = []
+        last = saved = time.perf_counter()
+        while (share := progress.seconds / (60 * phase.minutes)) < 1:
+            rate = min(1.0, (progress.steps + 1) / WARM_UP, (1 - share) / COOL_DOWN)
+            for group in optimizer.param_groups:
+                group["lr"] = phase.learning_rate * rate
+            loss = phase.step(progress.steps, share)
+            loss.backward()
+            nn.utils.clip_grad_norm_(parameters, 1.0)
+            optimizer.step()
+            optimizer.zero_grad(set_to_none=True)
+            average.step(parameters)
+            progress.steps += 1
+            recent.append(loss.detach())
+            now = time.perf_counter()
+            progress.seconds += now - last
+            last = now
+            if progress.steps % LOG_EVERY == 0:
+                progress.losses.append((progress.steps, _mean(recent, phase.name, progress.steps)))
+                recent = []
+                bar.update(min(round(progress.seconds), bar.total) - bar.n)
+                bar.set_postfix_str(f"step {progress.steps}, loss {progress.losses[-1][1]:.4f}")
+                if now - saved > save_every:
+                    checkpoint.save()
+                    saved = now
+    checkpoint.save()
+    average.copy_to(parameters)
+    return progress
+
+
+def _mean(losses: list[Tensor], name: str, steps: int) -> float:
+    mean = torch.stack(losses).mean().item()
+    if not mean < float("inf"):
+        raise ValueError(f"The loss of {name} is {mean} after {steps} steps. Try a lower learning rate.")
+    return mean
+
+
+@dataclass
+class _Checkpoint:
+    """All that a phase needs to go on, in one file."""
+
+    path: Path
+    phase: Phase
+    optimizer: torch.optim.Optimizer
+    average: EMAModel
+    progress: Progress
+
+    def save(self) -> None:
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        unfinished = self.path.with_suffix(".unfinished")
+        torch.save({"version": __version__, "progress": vars(self.progress), **self._states()}, unfinished)
+        os.replace(unfinished, self.path)
+
+    def load(self, device: torch.device) -> None:
+        if not self.path.exists():
+            return
+        content = torch.load(self.path, map_location=device, weights_only=True)
+        if content.pop("version") != __version__:
+            raise ValueError(
+                f"{self.path} is from another version of diffusers-draft. Remove it, or use that version."
+            )
+        vars(self.progress).update(content.pop("progress"))
+        for name, module in self.phase.modules.items():
+            module.load_state_dict(content[name])
+        self.optimizer.load_state_dict(content["optimizer"])
+        self.average.load_state_dict(content["average"])
+        self.average.to(device)
+
+    def _states(self) -> dict[str, Any]:
+        modules = {name: module.state_dict() for name, module in self.phase.modules.items()}
+        return modules | {"optimizer": self.optimizer.state_dict(), "average": self.average.state_dict()}

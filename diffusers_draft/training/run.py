@@ -1,0 +1,76 @@
+"""The whole training of the demo's model: autoencoder, latents' statistics, flow, and the pipeline on disk."""
+
+import tempfile
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from ..generation.loading import Model, device, from_pretrained, load
+from .architecture import untrained_pipeline
+from .autoencoder import autoencoder_phase, measure_latents, reconstruction_psnr
+from .card import write_card
+from .flow import flow_phase
+from .loop import train
+
+FOR_AUTOENCODER = 0.15
+"""Share of the time."""
+MODEL = "model"
+"""Folder of the finished pipeline, in the folder of the training."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Training:
+    """How to train.
+
+    Attributes:
+        minutes: in all, on whatever device there is.
+        seed: of weights, clips and noise.
+        tokens: of one batch of the transformer.
+        pixels: of one batch of the autoencoder, in all frames together.
+    """
+
+    minutes: float
+    seed: int
+    tokens: int
+    pixels: int
+
+
+def run(training: Training, folder: Path) -> Path:
+    """Trains, or goes on with a training that was stopped in this folder, and saves the pipeline with its card.
+
+    Args:
+        training: how.
+        folder: for checkpoints and results.
+
+    Returns:
+        The folder of the pipeline, in bfloat16.
+
+    Raises:
+        OSError: if something cannot be written.
+        ValueError: if the loss is not finite or the checkpoints do not fit.
+    """
+    where = device()
+    pipe: Any = untrained_pipeline(training.seed)
+    pipe.to(where)
+    if where.type == "cuda":
+        torch.set_float32_matmul_precision("high")
+        pipe.transformer.compile_repeated_blocks()
+    minutes = training.minutes * FOR_AUTOENCODER
+    learned = {"autoencoder": train(autoencoder_phase(pipe.vae, minutes, training.seed, training.pixels), folder)}
+    measure_latents(pipe.vae, training.seed)
+    psnr = reconstruction_psnr(pipe.vae, training.seed)
+    print(f"The autoencoder gives clips back with a PSNR of {psnr:.1f} dB.")
+    minutes = training.minutes - minutes
+    learned["flow"] = train(flow_phase(pipe, minutes, training.seed, training.tokens), folder)
+    save_in_bfloat16(pipe, folder / MODEL)
+    write_card(folder / MODEL, load(Model(name=str(folder / MODEL))), training, learned, psnr)
+    return folder / MODEL
+
+
+def save_in_bfloat16(pipe: Any, folder: Path) -> None:
+    """Saves a pipeline with weights in bfloat16, but for those that diffusers keeps in float32."""
+    with tempfile.TemporaryDirectory() as exact:
+        pipe.save_pretrained(exact)
+        from_pretrained(type(pipe), exact, torch.bfloat16).save_pretrained(folder)

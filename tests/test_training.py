@@ -1,0 +1,271 @@
+"""Training of the demo's model: what it learns from, that it can be stopped, and what comes out."""
+
+import itertools
+import re
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import imageio
+import pytest
+import torch
+from diffusers import FlowMatchEulerDiscreteScheduler, WanPipeline
+from PIL import Image
+from torch import nn
+
+import diffusers_draft
+from diffusers_draft.cli import main
+from diffusers_draft.demo.scenes import WORDS, captions
+from diffusers_draft.training import card, flow, loop
+from diffusers_draft.training.architecture import untrained_pipeline, word_tokenizer
+from diffusers_draft.training.autoencoder import autoencoder_phase, encode, measure_latents, reconstruction_psnr
+from diffusers_draft.training.clips import HELD_OUT, clips, noise_generator, scenes
+from diffusers_draft.training.flow import STAGES, embed, flow_phase
+from diffusers_draft.training.loop import Phase, train
+
+CPU = torch.device("cpu")
+
+
+@pytest.fixture(scope="module")
+def pipe() -> Any:
+    pipe = untrained_pipeline(0)
+    pipe.set_progress_bar_config(disable=True)
+    return pipe
+
+
+@pytest.fixture
+def seconds(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every look at the clock is a second later."""
+    counter = itertools.count()
+    monkeypatch.setattr(loop.time, "perf_counter", lambda: float(next(counter)))
+
+
+def line_phase(steps: int, stop_at: int = -1, learning_rate: float = 0.1) -> Phase:
+    """Fits a line for so many steps of a second each."""
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        line = nn.Linear(1, 1)
+
+    def step(number: int, share: float) -> torch.Tensor:
+        if number == stop_at:
+            raise KeyboardInterrupt
+        x = torch.randn(8, 1, generator=torch.Generator().manual_seed(number))
+        return (line(x) - 3 * x + 1).square().mean()
+
+    return Phase("line", steps / 60, {"line": line}, learning_rate, step)
+
+
+def test_a_training_that_was_stopped_goes_on_as_if_it_had_not_been(tmp_path: Path, seconds: None) -> None:
+    whole, stopped, resumed = line_phase(200), line_phase(200, stop_at=91), line_phase(200)
+    expected = train(whole, tmp_path / "whole")
+    with pytest.raises(KeyboardInterrupt):
+        train(stopped, tmp_path / "parts", save_every=9)
+    found = train(resumed, tmp_path / "parts", save_every=9)
+    assert found == expected and found.steps == 200
+    for name, tensor in whole.modules["line"].state_dict().items():
+        assert torch.equal(tensor, resumed.modules["line"].state_dict()[name])
+    assert len(found.losses) == 10 and found.losses[-1][1] < 1e-2 < found.losses[0][1]
+
+
+def test_a_finished_training_is_not_repeated_and_gives_the_average(tmp_path: Path, seconds: None) -> None:
+    first = line_phase(120)
+    train(first, tmp_path)
+    again = line_phase(120, stop_at=120)
+    assert train(again, tmp_path).steps == 120
+    assert torch.equal(first.modules["line"].weight, again.modules["line"].weight)
+    raw = torch.load(tmp_path / "line.pt", weights_only=True)["line"]["weight"]
+    assert not torch.equal(raw, again.modules["line"].weight)
+
+
+def test_a_checkpoint_is_whole_or_not_there(tmp_path: Path, seconds: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    train(line_phase(40), tmp_path)
+    before = (tmp_path / "line.pt").read_bytes()
+
+    def half(content: Any, path: Path) -> None:
+        path.write_bytes(b"half")
+        raise OSError("No space left on device")
+
+    monkeypatch.setattr(loop.torch, "save", half)
+    with pytest.raises(OSError, match="No space left"):
+        train(line_phase(80), tmp_path)
+    assert (tmp_path / "line.pt").read_bytes() == before
+
+
+def test_errors(tmp_path: Path, seconds: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(ValueError, match=r"The loss of line is (nan|inf) after \d+ steps"):
+        train(line_phase(200, learning_rate=1e30), tmp_path / "diverged")
+    train(line_phase(20), tmp_path)
+    monkeypatch.setattr(loop, "__version__", "9.9")
+    with pytest.raises(ValueError, match=r"line.pt is from another version of diffusers-draft"):
+        train(line_phase(20), tmp_path)
+
+
+def test_clips_depend_on_seed_and_number_alone() -> None:
+    video, texts = clips(CPU, 3, (5, 64, 96), 7, 11)
+    again, same = clips(CPU, 3, (5, 64, 96), 7, 11)
+    assert torch.equal(video, again) and texts == same == captions(scenes(3, 64, 96, 7, 11))
+    for seed, number in ((7, 12), (8, 11), (7, HELD_OUT + 11)):
+        assert clips(CPU, 3, (5, 64, 96), seed, number)[1] != texts
+    noise = [torch.randn(4, generator=noise_generator(CPU, *where)) for where in ((7, 11), (7, 12), (8, 11))]
+    assert len({tuple(one.tolist()) for one in noise}) == 3
+    assert torch.equal(noise[0], torch.randn(4, generator=noise_generator(CPU, 7, 11)))
+
+
+def test_tokens_are_words() -> None:
+    tokenizer = word_tokenizer()
+    text = captions(scenes(1, 192, 384, 0, 0))[0]
+    tokens = tokenizer(text).input_ids
+    words = re.findall(r"\w+|,", text)
+    assert tokenizer.convert_ids_to_tokens(tokens) == [*words, "</s>"]
+    assert tokenizer.unk_token_id not in tokens
+    assert tokenizer.unk_token_id in tokenizer("a green cat").input_ids
+    assert len(tokenizer) == len(WORDS) + 4
+
+
+def test_captions_are_embedded_as_the_pipeline_does(pipe: Any) -> None:
+    texts = [*captions(scenes(3, 192, 384, 0, 0)), ""]
+    expected, _ = pipe.encode_prompt(texts, do_classifier_free_guidance=False, max_sequence_length=64)
+    torch.testing.assert_close(embed(pipe, texts, 64), expected)
+
+
+def test_latents_are_normalised_as_the_pipeline_wants(pipe: Any) -> None:
+    video, _ = clips(CPU, 4, (9, 64, 64), 0, 0)
+    with torch.no_grad():
+        raw = encode(pipe.vae, video)
+        before = reconstruction_psnr(pipe.vae, 0)
+        measure_latents(pipe.vae, 0)
+        latents = encode(pipe.vae, video)
+    assert latents.shape == (4, 8, 5, 16, 16)
+    mean, deviation = (
+        torch.tensor(pipe.vae.config[name]).view(-1, 1, 1, 1) for name in ("latents_mean", "latents_std")
+    )
+    torch.testing.assert_close(latents * deviation + mean, raw)
+    assert latents.mean((0, 2, 3, 4)).abs().max() < 0.5
+    assert reconstruction_psnr(pipe.vae, 0) == before
+
+
+def test_autoencoder_learns() -> None:
+    vae = untrained_pipeline(0).vae
+    phase = autoencoder_phase(vae, 1, 0, pixels=30_000)
+    optimizer = torch.optim.AdamW(vae.parameters(), lr=phase.learning_rate)
+    losses = []
+    for _ in range(25):  # always the same clip
+        losses.append(phase.step(0, 0.0))
+        losses[-1].backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    assert losses[-1] < 0.6 * losses[0]
+
+
+def test_the_flow_is_that_of_diffusers_schedulers(pipe: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The model sees `scale_noise` of the latents at its timestep, and the loss is zero for the way to the noise."""
+    latents, seen = torch.randn(2, 8, 5, 24, 32), []
+    monkeypatch.setattr(flow, "_encoded", lambda *_: (latents, ["a red circle", ""]))
+    scheduler = FlowMatchEulerDiscreteScheduler(shift=1.0)
+
+    def exact(noisy: torch.Tensor, timestep: torch.Tensor, embeds: torch.Tensor, return_dict: bool) -> Any:
+        noise = torch.randn(latents.shape, generator=noise_generator(CPU, 0, 3))
+        seen.append((noisy, timestep, noise, embeds))
+        return ((noisy - latents) / (timestep / 1000)[:, None, None, None, None],)
+
+    fake = SimpleNamespace(**{name: getattr(pipe, name) for name in ("vae", "text_encoder", "tokenizer")})
+    fake.transformer = SimpleNamespace(train=lambda: exact)
+    phase = flow_phase(fake, 1, 0, tokens=2 * 960)
+    assert phase.step(3, 0.0) < 1e-6
+    (noisy, timestep, noise, embeds) = seen[0]
+    assert embeds.shape == (2, STAGES[0].text, 64) and ((timestep > 0) & (timestep < 1000)).all()
+    for sample in range(2):
+        scheduler.timesteps, scheduler.sigmas = timestep[sample : sample + 1], timestep[sample : sample + 1] / 1000
+        scheduler._begin_index = None
+        expected = scheduler.scale_noise(latents[sample : sample + 1], timestep[sample : sample + 1], noise[sample])
+        torch.testing.assert_close(noisy[sample : sample + 1], expected)
+
+
+def test_stages_fill_the_time_and_grow_to_ten_thousand_tokens_of_several_shapes() -> None:
+    ends = [stage.until for stage in STAGES]
+    assert ends == sorted(ends) and ends[-1] == 1
+    grids = STAGES[-1].grids
+    assert (9, 24, 48) in grids and any(rows > columns for _, rows, columns in grids)
+    assert any(rows % 8 and columns % 16 for _, rows, columns in grids)
+    longest = max(len(word_tokenizer()(text).input_ids) for text in captions(scenes(500, 192, 384, 0, 0)))
+    assert longest <= min(stage.text for stage in STAGES)
+
+
+@pytest.mark.parametrize("share", [0.0, 0.5, 0.99])
+def test_every_stage_trains_transformer_and_text_encoder(pipe: Any, share: float, monkeypatch: Any) -> None:
+    stages = [flow.Stage(stage.until, ((1, *stage.grids[0][1:]),), stage.text) for stage in STAGES]
+    monkeypatch.setattr(flow, "STAGES", stages)
+    phase = flow_phase(pipe, 1, 0, tokens=200)
+    loss = phase.step(0, share)
+    loss.backward()
+    gradients = [p.grad for module in phase.modules.values() for p in module.parameters() if p.requires_grad]
+    assert torch.isfinite(loss) and sum(g is not None and bool(g.any()) for g in gradients) > 0.9 * len(gradients)
+    pipe.transformer.zero_grad()
+    pipe.text_encoder.zero_grad()
+    assert all(parameter.grad is None for parameter in pipe.vae.parameters())
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder of a training of a few steps on one small grid."""
+    folder = tmp_path_factory.mktemp("training") / "new"
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(flow, "STAGES", (flow.Stage(1.0, ((3, 8, 12),), 64),))
+        for name, value in {"HEIGHT": 64, "WIDTH": 96, "FRAMES": 5, "STEPS": 2, "SAMPLES": 2}.items():
+            patch.setattr(card, name, value)
+        sizes = ["--minutes", "0.1", "--tokens", "300", "--pixels", "40000"]
+        command = ["train", "--output", str(folder), *sizes]
+        patch.setattr(sys, "argv", ["diffusers-draft", *command])
+        assert main(command) == 0
+    return folder
+
+
+def test_the_command_makes_a_pipeline_and_its_card(trained: Path) -> None:
+    folder = trained / "model"
+    weights = sum(path.stat().st_size for path in folder.rglob("*.safetensors"))
+    assert 8e6 < weights < 10e6
+    text = (folder / "README.md").read_text()
+    for expected in (r"\d+ steps in 0\.\d minutes", "seed 0", diffusers_draft.__version__, "--minutes 0.1"):
+        assert re.search(expected, text), expected
+    assert "{" not in text
+    with Image.open(folder / "samples.png") as sheet:
+        assert sheet.size == (4 * 96, 2 * 64)
+    assert (folder / "loss.png").exists()
+    pipe: Any = WanPipeline.from_pretrained(folder)
+    assert max(abs(value) for value in pipe.vae.config.latents_mean) > 0
+
+
+def test_generate_takes_the_trained_model(trained: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    size = ["--height", "64", "--width", "128", "--frames", "9", "--steps", "3", "--guidance-scale", "1"]
+    prompt = ["--prompt", "a big red plain circle moving left over blue waves, camera still"]
+    output = tmp_path / "out.mp4"
+    assert main(["generate", "--model", str(trained / "model"), *prompt, *size, "--output", str(output)]) == 0
+    assert "grid      (5, 8, 16) = 640 video tokens" in capsys.readouterr().out
+    assert imageio.v3.imread(output).shape == (9, 64, 128, 3)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [(["--minutes", "0"], "must be above 0"), (["--tokens", "0"], "must be above 0")],
+)
+def test_wrong_options_are_one_line(
+    arguments: list[str], message: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit) as stop:
+        main(["train", "--output", str(tmp_path), *arguments])
+    assert stop.value.code == 2
+    error = capsys.readouterr().err
+    assert message in error and error.count("\n") == 1
+
+
+def test_interrupting_says_how_to_go_on(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def interrupted(*_: Any) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("diffusers_draft.training.run.train", interrupted)
+    with pytest.raises(SystemExit):
+        main(["train", "--output", str(tmp_path)])
+    assert f"stopped; the same command goes on from what is in {tmp_path}" in capsys.readouterr().err
