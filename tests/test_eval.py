@@ -294,9 +294,23 @@ def test_vbench_scores_the_videos_of_every_setting(folder, done, tmp_path, monke
     module.__spec__ = ModuleSpec("vbench", None)
     monkeypatch.setitem(sys.modules, "vbench", module)
     main(arguments(folder, tmp_path, "--sparsity", "0.5", "--vbench"))
+    assert "leave --no-videos out" in fails(arguments(folder, tmp_path, "--vbench", "--no-videos"), capsys)
     scores = json.loads((tmp_path / "results.json").read_text())["vbench"]
     assert list(scores) == ["dense", "sparsity=0.5"]
     assert scores["dense"]["motion_smoothness"] == scores["sparsity=0.5"]["imaging_quality"] == 0.3
+
+
+def test_without_videos_the_numbers_are_the_same(folder, done, tmp_path):
+    settings = ["--seeds", 0, 7, "--sparsity", "0.5", *TILE]
+    assert main(arguments(folder, tmp_path, *settings, "--no-videos")) == 0
+    assert not list((tmp_path / "videos").iterdir())
+
+    def psnr(record):
+        return {
+            (clip["prompt"], clip["seed"]): clip["psnr"] for clip in record["clips"] if clip["setting"] == NAMES[1]
+        }
+
+    assert psnr(json.loads((tmp_path / "results.json").read_text())) == pytest.approx(psnr(done[1]))
 
 
 # --- studies from Python

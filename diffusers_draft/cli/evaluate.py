@@ -42,6 +42,7 @@ def add_parser(subparsers: argparse._SubParsersAction) -> None:
     settings.add_argument(
         "--setting", action="append", default=[], metavar="KEY=X,...", help="for example sparsity=0.9,budget=row"
     )
+    parser.add_argument("--no-videos", dest="videos", action="store_false", help="measure the clips, do not keep them")
     parser.add_argument("--lpips", action="store_true", help="measure LPIPS too")
     parser.add_argument("--vbench", action="store_true", help="score the clips with VBench")
     parser.add_argument(
@@ -72,18 +73,21 @@ def run(args: argparse.Namespace) -> None:
     with one_line(OSError, ValueError, ImportError):
         if args.vbench:
             check_installed()
+            if not args.videos:
+                raise ValueError("--vbench scores video files: leave --no-videos out.")
         prompts, settings = read_prompts(args.prompts), _settings(args)
         if args.compile and (args.attention or any(setting.selection != "draft" for setting in settings)):
             raise ValueError("--attention and selections other than draft need a model that is not compiled.")
         start = image(args)
         store = Store(args.output, _facts(args))
-        check_writable(args.output / "videos" / "any.mp4")
+        if args.videos:
+            check_writable(args.output / "videos" / "any.mp4")
         metrics = fidelity_metrics(lpips=args.lpips).to(device())
 
     def inputs(pipe: Any, prompt: str, seed: int) -> dict[str, Any]:
         return call_arguments(pipe, prompt=prompt, seed=seed, image=start, **call(args))
 
-    study = Study(store, lambda: loaded(args), inputs, prompts, args.seeds, settings, metrics, fps=args.fps)
+    study = Study(store, lambda: loaded(args), inputs, prompts, args.seeds, settings, metrics, args.videos, args.fps)
     print(f"{len(prompts)} prompts, {len(args.seeds)} seeds, {len(settings)} settings, results in {args.output}")
     try:
         with one_line(OSError, ValueError, ImportError, RuntimeError):
