@@ -42,7 +42,7 @@ class DraftHandle:
             RuntimeError: if called while a forward of the transformer is running.
         """
         for attachment in self._attachments.values():
-            _check_not_running(attachment.transformer())
+            check_not_running(attachment.transformer())
         for attachment in self._attachments.values():
             attachment.detach()
 
@@ -110,7 +110,7 @@ def enable_draft_attention(
     schedules: dict[str, Schedule] = {}
     attachments = {}
     for name, (transformer, family) in found.items():
-        _check_not_running(transformer)
+        check_not_running(transformer)
         family.check(transformer.config)
         if family.name not in schedules:
             schedules[family.name] = _schedule(pipe, family, config)
@@ -144,7 +144,7 @@ def disable_draft_attention(pipe: Any) -> None:
     """
     transformers = [transformer for transformer, _ in known_transformers(pipe).values()]
     for transformer in transformers:
-        _check_not_running(transformer)
+        check_not_running(transformer)
     for transformer in transformers:
         if attachment := attachment_of(transformer):
             attachment.detach()
@@ -226,7 +226,7 @@ def layer_paths(transformer: nn.Module, patterns: tuple[str, ...]) -> tuple[str,
     return tuple(found)
 
 
-def _check_not_running(transformer: nn.Module | None) -> None:
+def check_not_running(transformer: nn.Module | None) -> None:
     frame: FrameType | None = sys._getframe()
     while frame := frame and frame.f_back:
         # Only torch's own frames are looked into: `f_locals` would keep a caller's variables alive.

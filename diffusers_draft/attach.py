@@ -16,7 +16,7 @@ from .dispatch import State, attention_call
 from .families import Family
 from .layers import PatchedLayers
 from .schedule import Schedule
-from .splitting import check_forward, originals_of
+from .splitting import originals_of, share
 
 
 class Attachment:
@@ -98,7 +98,7 @@ class Attachment:
         inputs = dict(zip(self._parameters, args, strict=False)) | kwargs
         video = self.family.video(inputs, module.config)
         self.state.geometry = torch.tensor([*video.grid, video.prefix])
-        self.state.split_video = check_forward(module, self.family, self.processors, inputs, video)
+        share(self.state, module, self.family, self.processors, inputs, video)
         self.state.kv_len = video.kv_len
         if torch.is_grad_enabled() and getattr(module, "gradient_checkpointing", False):
             self.state.forwards_to_recompute = 1 if self.state.recomputed else self.state.forwards_to_recompute + 1

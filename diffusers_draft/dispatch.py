@@ -14,13 +14,17 @@ from .ulysses import Exchange, context_parallel
 class State:
     """What one forward leaves for its layers.
 
-    Compiled code reads bools and tensors alone, so that no layer and no resolution recompiles. `split_video` is the
-    exception: where the text stays whole on every GPU, the tokens of the whole video.
+    Compiled code reads bools and tensors alone, so that no layer and no resolution recompiles.
+
+    Attributes:
+        shared: where the forward is split over GPUs, an empty tensor as long as the sequence that they share.
+        whole_text: whether every GPU has tokens behind those.
     """
 
     def __init__(self) -> None:
         self.sparse = False
-        self.split_video: int | None = None
+        self.shared: Tensor | None = None
+        self.whole_text = False
         self.geometry = torch.zeros(4, dtype=torch.int64)
         self.kv_len: Tensor | None = None
         self.processor: Any = None
@@ -73,8 +77,9 @@ def attention_call(state: State, config: DraftConfig, stock: Callable[..., Tenso
         if masked:
             state.processor.masked = state.sparse
         exchange = None
-        if split := context_parallel(parallel_config):
-            exchange = Exchange(split._ulysses_mesh.get_group(), state.split_video)
+        split = context_parallel(parallel_config)
+        if split and state.shared is not None:
+            exchange = Exchange(split._ulysses_mesh.get_group(), state.shared.shape[0], state.whole_text)
             query, key, value = exchange.to_heads(query, key, value)
             attn_mask = exchange.whole_mask(attn_mask, query.shape[1])
         if masked or not state.sparse:

@@ -80,7 +80,11 @@ class PatchedLayers:
 
     def replaced(self) -> list[Any]:
         """Processors that somebody else has put in the place of ours since."""
-        return [module.processor for path, module in self._there() if module.processor is not self.processors[path]]
+        return [found for path, found in self.present().items() if found is not self.processors[path]]
+
+    def present(self) -> dict[str, Any]:
+        """The processors that those layers have now that still exist, by module path."""
+        return {path: module.processor for path, module in self._there()}
 
     def _there(self) -> Iterator[tuple[str, Any]]:
         """The layers that still exist."""

@@ -62,7 +62,7 @@ class Schedule:
         if is_new:
             self._timesteps, self._values = scheduler.timesteps, scheduler.timesteps.tolist()
             self._runs += 1
-        step = self._step(scheduler, timestep, never)
+        step = self._step(scheduler, timestep)
         if is_new:
             begun = getattr(scheduler, "step_index", None) is not None
             self._dense_until = self._first_sparse_step(
@@ -86,7 +86,7 @@ class Schedule:
             return False
         return float(timestep.max()) > self._dense_timestep
 
-    def _step(self, scheduler: Any, timestep: Tensor, never: bool) -> int:
+    def _step(self, scheduler: Any, timestep: Tensor) -> int:
         if not hasattr(scheduler, "step_index"):
             return self._nearest(timestep)
         if scheduler.step_index is not None:
@@ -94,7 +94,7 @@ class Schedule:
         if scheduler.begin_index is not None:
             return scheduler.begin_index
         # Video-to-video runs start in the middle, and not every pipeline tells the scheduler so.
-        return 0 if never or not self._scheduler_units else self._nearest(timestep)
+        return self._nearest(timestep) if self._scheduler_units else 0
 
     def _scheduler(self) -> Any | None:
         """The scheduler, if it can tell the step."""

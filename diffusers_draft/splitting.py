@@ -31,14 +31,29 @@ class Splitting:
         dispatch = functools.partial(attention_call, self.state, DraftConfig())
         self.layers = PatchedLayers(transformer, processors_of(transformer, paths), self.state, family, dispatch)
         self.layers.put()
-        transformer.register_forward_pre_hook(self, with_kwargs=True)
+        self._hook = transformer.register_forward_pre_hook(self, with_kwargs=True)
 
     @torch.compiler.disable
     def __call__(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """Checks that the ranks can share this forward's tokens, before anything is computed."""
         inputs = dict(zip(self._parameters, args, strict=False)) | kwargs
         video = self.family.video(inputs, module.config)
-        self.state.split_video = check_forward(module, self.family, {}, inputs, video)
+        share(self.state, module, self.family, {}, inputs, video)
+        present = self.layers.present().items()
+        if replaced := [path for path, processor in present if not isinstance(processor, DraftProcessor)]:
+            raise RuntimeError(
+                f"{len(replaced)} attention layers of this {type(module).__name__} no longer exchange tokens with the "
+                f"other GPUs: something replaced their processors, such as that of {replaced[0]}, after the model was "
+                "split. Undo that, or do it before the model is split."
+            )
+
+    def __reduce__(self) -> Any:
+        raise TypeError("A model that is split over GPUs cannot be copied or pickled. Copy it before it is split.")
+
+    def remove(self) -> None:
+        """Restores the processors, and forgets the forward."""
+        self._hook.remove()
+        self.layers.take_back()
 
 
 def splitting_of(transformer: nn.Module) -> Splitting | None:
@@ -94,21 +109,26 @@ def check_layers(transformer: nn.Module, family: Family, processors: dict[str, A
     return config
 
 
-def check_forward(
-    transformer: nn.Module, family: Family, processors: dict[str, Any], inputs: Inputs, video: VideoTokens
-) -> int | None:
-    """As `check_layers`, and refuses tokens that the ranks cannot share equally.
-
-    Returns:
-        The number of the video's tokens, if those alone are split; None if all are or none.
+def share(
+    state: State,
+    transformer: nn.Module,
+    family: Family,
+    processors: dict[str, Any],
+    inputs: Inputs,
+    video: VideoTokens,
+) -> None:
+    """Tells a forward's layers what the ranks share; as `check_layers`, and refuses what they cannot share equally.
 
     Raises:
         ValueError: names grids that would fit.
     """
     config = check_layers(transformer, family, processors)
     if config is None or isinstance(family.split, str):
-        return None
+        state.shared = None
+        return
     states = inputs["hidden_states"]
     tokens = math.prod(video.grid) if states.dim() > 3 else states.shape[1]  # packed latents come with their others
     check_tokens(tokens, video.grid, config.ulysses_degree)
-    return tokens if family.split.whole_text else None
+    # Compiled code would be tied to a number, but takes any length.
+    state.shared = torch.empty(tokens, device="meta")
+    state.whole_text = family.split.whole_text

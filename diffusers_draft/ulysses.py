@@ -17,38 +17,45 @@ class Exchange:
 
     Args:
         group: the ranks, in the order of their tokens.
-        video: tokens of the whole video, where only those are split and every rank has all tokens behind them; None
-            where all tokens are split.
+        shared: tokens of the whole sequence that the ranks share.
+        whole_text: whether every rank has other tokens behind its own, the same ones.
     """
 
-    def __init__(self, group: dist.ProcessGroup, video: int | None = None) -> None:
+    def __init__(self, group: dist.ProcessGroup, shared: int, whole_text: bool = False) -> None:
         self.group = group
         self.size, self.rank = group.size(), group.rank()
-        self.video = video
+        self.shared = shared
+        self.whole_text = whole_text
 
     def to_heads(self, query: Tensor, key: Tensor, value: Tensor) -> list[Tensor]:
         """Three `(B, S on this rank, H, D)` to three `(B, S, H / ranks, D)`: the same heads of each.
 
         Raises:
             NotImplementedError: if a gradient is needed.
+            RuntimeError: if this rank does not have its share of the tokens.
         """
         tensors = (query, key, value)
         if torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors):
             raise NotImplementedError("No gradients flow between GPUs yet: run the transformer under torch.no_grad().")
-        split = query.shape[1] if self.video is None else self.video // self.size
+        split = self.shared // self.size
+        behind = query.shape[1] - split
+        if behind < 0 or (behind > 0 and not self.whole_text):
+            raise RuntimeError(
+                f"A GPU has {query.shape[1]} tokens, but its share of {self.shared} tokens is {split}: something "
+                "removed diffusers' hooks that split the model's inputs. Split the model before it is offloaded."
+            )
         by_rank = [tensor[:, :split].unflatten(2, (self.size, -1)).permute(2, 1, 0, 3, 4) for tensor in tensors]
         received = self._all_to_all(torch.stack(by_rank, dim=2))  # (ranks, S / ranks, 3, B, H / ranks, D)
         whole = [tensor.transpose(0, 1) for tensor in received.flatten(0, 1).unbind(1)]
-        if self.video is None:
+        if not self.whole_text:
             return whole
-        behind = [tensor[:, split:].chunk(self.size, dim=2)[self.rank] for tensor in tensors]
-        return [torch.cat(pair, dim=1) for pair in zip(whole, behind, strict=True)]
+        texts = [tensor[:, split:].chunk(self.size, dim=2)[self.rank] for tensor in tensors]
+        return [torch.cat(pair, dim=1) for pair in zip(whole, texts, strict=True)]
 
     def to_tokens(self, out: Tensor) -> Tensor:
         """`(B, S, H / ranks, D)` to `(B, S on this rank, H, D)`."""
-        video = out.shape[1] if self.video is None else self.video
-        by_rank = out[:, :video].unflatten(1, (self.size, -1)).permute(1, 2, 0, 3, 4)
-        behind = out[:, video:].transpose(0, 1).expand(self.size, -1, -1, -1, -1)
+        by_rank = out[:, : self.shared].unflatten(1, (self.size, -1)).permute(1, 2, 0, 3, 4)
+        behind = out[:, self.shared :].transpose(0, 1).expand(self.size, -1, -1, -1, -1)
         received = self._all_to_all(torch.cat([by_rank, behind], dim=1))  # (ranks, S on this rank, B, H / ranks, D)
         return received.permute(2, 1, 0, 3, 4).flatten(2, 3)
 
@@ -60,13 +67,13 @@ class Exchange:
         """
         if mask is None or mask.shape[-1] == seq_len:
             return mask
-        if self.video is None or mask.shape[-2] > 1 or mask.dtype != torch.bool:
+        if not self.whole_text or mask.shape[-2] > 1 or mask.dtype != torch.bool:
             raise NotImplementedError(
                 f"A mask of shape {tuple(mask.shape)} does not fit the whole sequence of {seq_len} tokens. Draft "
                 "attention cannot split this kind of input over GPUs."
             )
-        behind = seq_len - self.video
-        return functional.pad(mask[..., mask.shape[-1] - behind :], (self.video, 0), value=True)
+        behind = seq_len - self.shared
+        return functional.pad(mask[..., mask.shape[-1] - behind :], (self.shared, 0), value=True)
 
     def _all_to_all(self, tensor: Tensor) -> Tensor:
         """Sends `tensor[rank]` to each rank; returns what came, by sender."""

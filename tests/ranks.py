@@ -1,8 +1,10 @@
 """What the ranks of `launch.py` run, and what a single process runs to compare."""
 
+import copy
 import datetime
 import functools
 import io
+import itertools
 import os
 import socket
 from collections.abc import Callable
@@ -11,16 +13,21 @@ from pathlib import Path
 from typing import Any
 from unittest import mock
 
+import diffusers.hooks.context_parallel
 import models
 import torch
 import torch.distributed as dist
+from accelerate.hooks import ModelHook, add_hook_to_module, remove_hook_from_module
 from diffusers import ContextParallelConfig, HunyuanVideoTransformer3DModel, WanTransformer3DModel
 from models import TINY, Grid, build
 from torch import Tensor
 
 from diffusers_draft import enable_draft_attention, plain
+from diffusers_draft.bench import model as bench_model
+from diffusers_draft.bench.shapes import Shape
 from diffusers_draft.cli import main
 from diffusers_draft.parallel import enable_parallelism
+from diffusers_draft.ulysses import Exchange
 
 
 def even_text(batch: int, grid: Grid) -> models.Inputs:
@@ -39,6 +46,7 @@ INPUTS: dict[str, Callable[..., models.Inputs]] = {
     "hunyuan_video 4 heads": models.hunyuan_video_inputs,
     **{name: tiny.inputs for name, tiny in TINY.items()},
 }
+SPARSE = dict(sparsity=0.8, dense_timestep=1000)
 Outcome = tuple[Tensor, list[Tensor], str]
 """The output, `(B, H, N, N)` kept blocks of each sparse call, and the report."""
 
@@ -135,14 +143,106 @@ def with_gradients() -> None:
     model(**INPUTS["wan"](1, (4, 13, 17)), return_dict=False)
 
 
-def compiled(name: str, grid: Grid) -> Outcome:
-    """Draft attention in compiled blocks."""
+def compiled(name: str, grids: list[Grid]) -> list[Tensor]:
+    """Draft attention in compiled blocks, over many resolutions."""
+    torch.compiler.reset()
     model = BUILD[name]()
     split(model)
     enable_draft_attention(model, 0.8)
     model.compile_repeated_blocks(fullgraph=True, backend="aot_eager")
     with torch.no_grad():
-        return model(**INPUTS[name](2, grid), return_dict=False)[0], [], ""
+        return [model(**INPUTS[name](2, grid), return_dict=False)[0] for grid in grids]
+
+
+def compiled_whole(name: str, grid: Grid) -> Tensor:
+    """Draft attention in a model that is compiled as a whole."""
+    torch.compiler.reset()
+    model = BUILD[name]()
+    split(model)
+    enable_draft_attention(model, 0.8)
+    with torch.no_grad():
+        return torch.compile(model, fullgraph=True, backend="aot_eager")(**INPUTS[name](2, grid), return_dict=False)[0]
+
+
+def offloaded_first(how: str) -> None:
+    """Hooks of accelerate are put on, the model is split, and they are removed, as pipelines do after every call."""
+    model = BUILD["wan"]()
+    hooked = [model.rope, *model.blocks]
+    for module in hooked:
+        add_hook_to_module(module, ModelHook())
+    split(model, how)
+    enable_draft_attention(model)
+    for module in hooked:
+        remove_hook_from_module(module)
+    with torch.no_grad():
+        model(**even_text(1, (4, 13, 17)), return_dict=False)
+
+
+def copied() -> None:
+    model = BUILD["wan"]()
+    split(model)
+    copy.deepcopy(model)
+
+
+def replaced() -> None:
+    """Another processor in a layer of a split model."""
+    model = BUILD["wan"]()
+    stock = type(model.blocks[0].attn1.processor)
+    split(model)
+    model.blocks[1].attn1.processor = stock()
+    with torch.no_grad():
+        model(**INPUTS["wan"](1, (4, 13, 17)), return_dict=False)
+
+
+def half_split() -> tuple[Outcome, str]:
+    """The second of two transformers cannot be split: the first one is as it was, and both can be split later."""
+    pipe = models.wan_pipeline(TINY["wan"].build(), transformer_2=TINY["wan"].build(), boundary_ratio=0.5)
+    both = [pipe.transformer, pipe.transformer_2]
+    handle = enable_draft_attention(pipe.transformer, **SPARSE)
+    with torch.no_grad():
+        alone = pipe.transformer(**INPUTS["wan"](1, (4, 13, 17)), return_dict=False)[0]
+    apply, count = diffusers.hooks.context_parallel.apply_context_parallel, itertools.count()
+
+    def failing(*args: Any) -> None:
+        if next(count):
+            raise MemoryError("no memory")
+        apply(*args)
+
+    with mock.patch("diffusers.hooks.context_parallel.apply_context_parallel", failing):
+        try:
+            split(pipe)
+        except MemoryError as error:
+            message = str(error)
+    assert all(model._parallel_config is None for model in both)
+    with torch.no_grad():
+        assert torch.equal(pipe.transformer(**INPUTS["wan"](1, (4, 13, 17)), return_dict=False)[0], alone)
+        split(pipe)
+        together = pipe.transformer(**INPUTS["wan"](1, (4, 13, 17)), return_dict=False)[0]
+    assert models.error(together, alone) < models.FLOAT32_ERROR
+    return (together, [], str(handle.report())), message
+
+
+def bench(spoiled: bool) -> tuple[list[bench_model.Step], dict[str, float]]:
+    """The bench of a tiny Wan; spoiled, the exchange gives other heads than it should."""
+    sizes = dict(num_attention_heads=4, attention_head_dim=16, ffn_dim=32, in_channels=4, out_channels=4, freq_dim=16)
+    tiny = bench_model.Model(
+        "tiny",
+        (("blocks", "num_layers", 5),),
+        lambda **layers: WanTransformer3DModel(**sizes, **layers),
+        bench_model._wan_inputs(4),
+        bench_model._flow_scheduler(3.0),
+        1,
+        0.8,
+    )
+    back = Exchange.to_tokens
+    with (
+        mock.patch.dict(bench_model.MODELS, {"tiny": tiny}),
+        mock.patch.dict(bench_model.SHAPES, {"tiny": Shape((4, 13, 17), 4, 16)}),
+        mock.patch.object(Exchange, "to_tokens", lambda self, out: back(self, out.flip(2) if spoiled else out)),
+    ):
+        options: dict[str, Any] = dict(sparsity=None, budget="head", backend="torch", compiled=False, seconds=0.01)
+        steps = list(bench_model.run("tiny", device=torch.device("cpu"), split=split, **options))
+        return steps, bench_model.predict("tiny", steps, 10)
 
 
 def command(rank: int, size: int, store: Path, *arguments: str) -> tuple[int, str, str]:

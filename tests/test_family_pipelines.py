@@ -146,6 +146,14 @@ def test_default_schedule(name: str) -> None:
     assert handle.report().transformers[0].steps == {"dense": 2, "sparse": 6}
 
 
+def test_under_diffusion_forcing_steps_are_counted_where_none_is_dense() -> None:
+    pipe = skyreels()
+    handle = enable_draft_attention(pipe, dense_steps=0)
+    generate(pipe, prompt=None, height=32, width=32, num_frames=9, base_num_frames=9, steps=8)
+    (report,) = handle.report().transformers
+    assert (report.steps, report.forwards) == ({"dense": 0, "sparse": 8}, {"dense": 0, "sparse": 16})
+
+
 def test_under_diffusion_forcing_the_noisiest_frame_tells_the_step() -> None:
     """Three latent frames, each one step behind the one before: the last one's second step is the forward's fourth."""
     pipe = skyreels()

@@ -50,14 +50,26 @@ def test_an_error_of_any_rank_reaches_the_user(pool: Pool, model: Path, tmp_path
     assert any(re.search(r"error: \[rank \d of 2\] 2 GPUs cannot share 663 tokens equally", rank[2]) for rank in found)
 
 
-def test_a_killed_rank_ends_the_command(model: Path, tmp_path: Path) -> None:
-    steps = [*SMALL[:-1], "100000"]
+def torchrun(model: Path, output: Path, steps: str) -> subprocess.Popen[str]:
+    """Starts the command in two processes."""
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
-    command += ["-m", "diffusers_draft", "generate", "--model", str(model), *steps, "--ulysses", "2"]
+    command += ["-m", "diffusers_draft", "generate", "--model", str(model), *SMALL[:-1], steps, "--ulysses", "2"]
     environment = os.environ | {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
-    process = subprocess.Popen(
-        [*command, "--output", tmp_path / "never.mp4"], stderr=subprocess.PIPE, text=True, env=environment
-    )
+    return subprocess.Popen([*command, "--output", output], stderr=subprocess.PIPE, text=True, env=environment)
+
+
+def test_an_error_of_one_rank_ends_the_command(model: Path, tmp_path: Path) -> None:
+    """Only the first looks at the output."""
+    folder = tmp_path / "folder.mp4"
+    folder.mkdir()
+    process = torchrun(model, folder, "4")
+    _, errors = process.communicate(timeout=60)
+    assert process.returncode != 0
+    assert f"error: [rank 0 of 2] {folder} is a folder" in errors
+
+
+def test_a_killed_rank_ends_the_command(model: Path, tmp_path: Path) -> None:
+    process = torchrun(model, tmp_path / "never.mp4", "100000")
     assert process.stderr is not None
     for line in iter(lambda: process.stderr.read(80), ""):
         if re.search(r" [2-9]/100000", line):

@@ -8,9 +8,10 @@ import pytest
 import torch
 from diffusers import ContextParallelConfig
 from launch import Pool, pool
-from models import FLOAT32_ERROR, RAGGED, TINY, error
-from ranks import Outcome, outcome
+from models import FLOAT32_ERROR, RAGGED, TINY, Grid, error
+from ranks import SPARSE, Outcome, outcome
 
+from diffusers_draft.bench.model import NO_ATTENTION, ONE_GPU
 from diffusers_draft.families import families
 from diffusers_draft.parallel import enable_parallelism
 
@@ -18,7 +19,6 @@ __all__ = ["pool"]
 
 EVEN = (4, 13, 17)
 """Tokens that two and four ranks can share, and no multiple of the tile in any direction."""
-SPARSE = dict(sparsity=0.8, dense_timestep=1000)
 DENSE_STEP = dict(sparsity=0.8, dense_timestep=0)
 
 
@@ -36,7 +36,9 @@ def check(found: list[Any], expected: Outcome) -> None:
 @pytest.mark.parametrize("draft", [SPARSE, SPARSE | dict(budget="row", dense_layers=(1,)), DENSE_STEP, None])
 def test_as_in_one_process(pool: Pool, name: str, ranks: int, draft: Any) -> None:
     case = (name, 2, EVEN, draft)
-    check(pool.run(ranks, "outcome", *case, "before"), outcome(*case))
+    expected = outcome(*case)
+    assert bool(expected[1]) == (draft not in (DENSE_STEP, None))
+    check(pool.run(ranks, "outcome", *case, "before"), expected)
 
 
 SPLIT = [name for name, family in families().items() if not isinstance(family.split, str)]
@@ -71,10 +73,43 @@ def test_disabling_leaves_a_split_model_dense_and_right(pool: Pool) -> None:
     check(pool.run(2, "disabled_again", "hunyuan_video", EVEN), outcome("hunyuan_video", 2, EVEN, None))
 
 
-@pytest.mark.parametrize("name", ["wan 4 heads", "hunyuan_video"])
-def test_compiled_blocks(pool: Pool, name: str) -> None:
-    expected = outcome(name, 2, EVEN, dict(sparsity=0.8))
-    check(pool.run(2, "compiled", name, EVEN), (expected[0], [], ""))
+MANY = [EVEN, (2, 13, 17), (4, 11, 17), (4, 13, 15), (6, 9, 17), (2, 19, 21)]
+
+
+@pytest.mark.parametrize(
+    ("name", "grids"), [("wan 4 heads", MANY), ("hunyuan_video", MANY[:5]), ("SkyReelsV2Transformer3DModel", MANY[:3])]
+)
+def test_compiled_blocks_at_many_resolutions(pool: Pool, name: str, grids: list[Grid]) -> None:
+    found = pool.run(2, "compiled", name, grids)
+    for grid, *outputs in zip(grids, *found, strict=True):
+        check([(output, []) for output in outputs], (outcome(name, 2, grid, dict(sparsity=0.8))[0], [], ""))
+
+
+def test_a_model_compiled_as_a_whole(pool: Pool) -> None:
+    expected = outcome("wan 4 heads", 2, EVEN, dict(sparsity=0.8))[0]
+    check([(output, []) for output in pool.run(2, "compiled_whole", "wan 4 heads", EVEN)], (expected, [], ""))
+
+
+def test_offloading_comes_after_splitting(pool: Pool) -> None:
+    for how, message in (
+        ("ours", "offloaded already.*Split it first"),
+        ("diffusers", "its share of 884 tokens is 442"),
+    ):
+        for found in pool.run(2, "offloaded_first", how):
+            assert isinstance(found, RuntimeError) and re.search(message, str(found)), found
+
+
+def test_what_would_lose_the_exchange_is_refused(pool: Pool) -> None:
+    for found in pool.run(2, "replaced"):
+        assert isinstance(found, RuntimeError) and "1 attention layers of this WanTransformer3DModel" in str(found)
+    for found in pool.run(2, "copied"):
+        assert isinstance(found, TypeError) and "Copy it before it is split" in str(found)
+
+
+def test_all_transformers_are_split_or_none(pool: Pool) -> None:
+    for found in pool.run(2, "half_split"):
+        assert not isinstance(found, Exception), found
+        assert found[1] == "no memory" and "density" in found[0][2]
 
 
 def test_the_report_counts_masked_calls(pool: Pool) -> None:
@@ -88,6 +123,7 @@ ERRORS = [
     ("wan", dict(ulysses_degree=4), EVEN, ValueError, "ulysses_degree=4 does not divide the 2 heads.*Use one of 2"),
     ("wan", dict(ring_degree=4), EVEN, NotImplementedError, r"ring_degree=4.*Use ContextParallelConfig"),
     ("wan 4 heads", dict(ulysses_degree=8), EVEN, ValueError, "ulysses_degree=8, but there are 4 processes"),
+    ("wan 4 heads", dict(ulysses_degree=2), EVEN, ValueError, "ulysses_degree=2, but there are 4 processes"),
     (
         "wan 4 heads",
         {},
@@ -133,6 +169,18 @@ def test_a_model_is_split_once_and_in_a_group(pool: Pool) -> None:
         enable_parallelism(TINY["wan"].build(), config=ContextParallelConfig(ulysses_degree=2))
     with pytest.raises(TypeError, match="config must be a ContextParallelConfig, got dict"):
         enable_parallelism(TINY["wan"].build(), config={"ulysses_degree": 2})
+
+
+def test_bench_compares_several_gpus_with_one(pool: Pool) -> None:
+    for found in pool.run(2, "bench", False):
+        assert not isinstance(found, Exception), found
+        steps, prediction = found
+        assert [step.name for step in steps] == [ONE_GPU, "diffusers default", NO_ATTENTION, "draft 0.8"]
+        assert prediction["gpu_speedup"] == pytest.approx(steps[0].step_ms / steps[-1].step_ms)
+        assert prediction["exchange_share"] == pytest.approx(5 * steps[-1].exchange_ms / steps[-1].step_ms)
+        assert steps[-1].exchange_ms > 0 and prediction["best_dense_step_ms"] == steps[1].step_ms
+    for found in pool.run(2, "bench", True):
+        assert isinstance(found, RuntimeError) and "Several GPUs give another output than one" in str(found)
 
 
 def test_gradients_are_refused(pool: Pool) -> None:

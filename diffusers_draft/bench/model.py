@@ -7,7 +7,7 @@ and the whole step is summed from those.
 import contextlib
 import gc
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 from unittest import mock
 
@@ -20,6 +20,7 @@ from .. import dispatch
 from ..api import enable_draft_attention
 from ..config import Budget
 from ..families import family_of
+from ..ulysses import Exchange
 from .measure import Time, measure
 from .shapes import SHAPES, Shape
 
@@ -112,6 +113,10 @@ def _wan_model(shape: str, build: Callable[..., nn.Module], layers: int, channel
 
 NO_ATTENTION = "no attention"
 """The step whose attention returns its values: what is left of it is everything else."""
+ONE_GPU = "draft on one GPU"
+"""The step before the model is split over several."""
+SAME = 2e-2
+"""The largest relative error of bfloat16 outputs that are the same."""
 
 MODELS = {
     "hunyuan-13b-768p": _hunyuan_model("hunyuan-768p"),
@@ -133,7 +138,8 @@ class Step:
         rest_ms: everything else in a forward.
         step_ms: a whole forward with all layers, `dense_layers` of them dense.
         times: the measured forwards, by number of blocks of each kind.
-        memory_gib: peak memory of the forward beyond weights and inputs.
+        memory_gib: peak memory of the forward beyond weights and inputs, on a GPU.
+        exchange_ms: milliseconds that several GPUs exchange tokens in one layer.
     """
 
     name: str
@@ -143,6 +149,7 @@ class Step:
     step_ms: float
     times: dict[str, Time]
     memory_gib: float
+    exchange_ms: float = 0.0
 
 
 def run(
@@ -154,14 +161,26 @@ def run(
     compiled: bool,
     device: torch.device,
     seconds: float,
-    split: Callable[[nn.Module], None] = lambda transformer: None,
+    split: Callable[[nn.Module], None] | None = None,
 ) -> Iterator[Step]:
     """Measures attention as diffusers ships it, none at all, the best dense kernels, and draft attention.
 
-    `split` gets the transformer before anything is measured, to split it over GPUs.
+    Args:
+        name: key of `MODELS`.
+        sparsity: the model's own where None.
+        budget: as in `DraftConfig`.
+        backend: likewise.
+        compiled: whether to compile the repeated blocks.
+        device: to run on.
+        seconds: least time to measure each forward.
+        split: splits a transformer over GPUs. Draft attention on one GPU comes first then, and is compared with.
+
+    Raises:
+        RuntimeError: if the output of several GPUs is not that of one.
     """
     model = MODELS[name]
     dtype = torch.bfloat16
+    torch.manual_seed(0)  # so that all processes have the same model and inputs
     torch.set_default_dtype(dtype)
     try:
         with torch.device(device):
@@ -169,23 +188,58 @@ def run(
     finally:
         torch.set_default_dtype(torch.float32)
     inputs = model.inputs(SHAPES[model.shape], device, dtype)
-    split(transformer)
     if compiled:
         transformer.compile_repeated_blocks(fullgraph=True)
+    options: dict[str, Any] = {"dense_steps": 0, "dense_layers": ()}
+    sparsity = model.sparsity if sparsity is None else sparsity
 
     def step(name: str) -> Step:
         return _step(name, transformer, model, inputs, compiled, seconds)
 
-    options: dict[str, Any] = {"dense_steps": 0, "dense_layers": ()}
+    def draft(name: str) -> tuple[Step, Tensor]:
+        with enable_draft_attention(transformer, sparsity, budget=budget, backend=backend, **options) as handle:
+            measured = step(name)
+            print(handle.report())
+            with torch.inference_mode():
+                return measured, transformer(**inputs, return_dict=False)[0]
+
+    expected = None
+    if split:
+        alone, expected = draft(ONE_GPU)
+        yield alone
+        split(transformer)
     yield step("diffusers default")
-    for kernel in ("no", *_dense_kernels()):
+    for kernel in ("no", *_dense_kernels(device)):
         with mock.patch.object(dispatch, "attend", _through(kernel)), enable_draft_attention(transformer, **options):
             yield step(NO_ATTENTION if kernel == "no" else f"dense {kernel}")
-    sparsity = model.sparsity if sparsity is None else sparsity
-    with enable_draft_attention(transformer, sparsity, budget=budget, backend=backend, **options) as handle:
-        draft = step(f"draft {sparsity:g}")
-        print(handle.report())
-    yield draft
+    measured, output = draft(f"draft {sparsity:g}")
+    if expected is not None:
+        _check_same(output, expected)
+        measured = replace(measured, exchange_ms=_exchange_ms(transformer, inputs, seconds))
+    yield measured
+
+
+def _check_same(output: Tensor, expected: Tensor) -> None:
+    error = ((output.double() - expected.double()).norm() / expected.double().norm()).item()
+    if not error < SAME:
+        raise RuntimeError(f"Several GPUs give another output than one: relative error {error:.1e}, above {SAME:g}.")
+    print(f"the output of several GPUs is that of one, relative error {error:.1e}")
+
+
+def _exchange_ms(transformer: Any, inputs: dict[str, Tensor], seconds: float) -> float:
+    """Milliseconds that the ranks' exchanges take in one layer, to heads and back, one after the other."""
+    calls = []
+
+    def watched(exchange: Exchange, *tensors: Tensor) -> list[Tensor]:
+        calls.append((exchange, tensors))
+        return to_heads(exchange, *tensors)
+
+    to_heads = Exchange.to_heads
+    with torch.inference_mode():
+        with mock.patch.object(Exchange, "to_heads", watched), torch.compiler.set_stance("force_eager"):
+            transformer(**inputs, return_dict=False)
+        exchange, tensors = calls[0]
+        return measure(lambda: exchange.to_tokens(exchange.to_heads(*tensors)[0]), seconds).median
 
 
 def _step(
@@ -207,7 +261,7 @@ def _step(
             lengths = dict.fromkeys(lists, 1) | {path: 2}
             times[f"2 {path}"] = _with_blocks(transformer, lists, lengths, forward, seconds)
             cost[path] = times[f"2 {path}"].median - base.median
-        memory = _peak_memory(forward)
+        memory = _peak_memory(forward, inputs["hidden_states"].device)
     rest = base.median - sum(cost.values())
     whole = rest + sum(cost[path] * length for path, _, length in model.blocks)
     return Step(name, compiled, cost, rest, whole, times, memory)
@@ -225,7 +279,9 @@ def _with_blocks(
             setattr(transformer, path, blocks)
 
 
-def _peak_memory(call: Callable[[], None]) -> float:
+def _peak_memory(call: Callable[[], None], device: torch.device) -> float:
+    if device.type != "cuda":
+        return 0.0
     torch.cuda.synchronize()
     before = torch.cuda.memory_allocated()
     torch.cuda.reset_peak_memory_stats()
@@ -234,7 +290,9 @@ def _peak_memory(call: Callable[[], None]) -> float:
     return (torch.cuda.max_memory_allocated() - before) / 2**30
 
 
-def _dense_kernels() -> list[str]:
+def _dense_kernels(device: torch.device) -> list[str]:
+    if device.type != "cuda":
+        return []
     kernels = ["cudnn"]
     with contextlib.suppress(ImportError):
         import flash_attn.cute.interface  # noqa: F401
@@ -279,7 +337,7 @@ def predict(name: str, steps: list[Step], num_steps: int) -> dict[str, float]:
         family = family_of(model.build(**{key: 1 for _, key, _ in model.blocks}))
     assert family is not None, "every model here is of a known family"
     dense_steps = sum(t > family.dense_timestep for t in scheduler.timesteps.tolist())
-    dense = [step for step in steps[:-1] if step.name != NO_ATTENTION]
+    dense = [step for step in steps[:-1] if step.name not in (NO_ATTENTION, ONE_GPU)]
     draft = steps[-1]
     best = min(dense, key=lambda step: step.step_ms)
     sparse_ms = draft.step_ms
@@ -287,7 +345,12 @@ def predict(name: str, steps: list[Step], num_steps: int) -> dict[str, float]:
         kind = path.split(".")[0]
         sparse_ms += best.block_ms[kind] - draft.block_ms[kind]
     draft_ms = dense_steps * best.step_ms + (num_steps - dense_steps) * sparse_ms
-    return {
+    layers = sum(length for _, _, length in model.blocks)
+    alone = [step.step_ms / draft.step_ms for step in steps if step.name == ONE_GPU]
+    over_gpus = (
+        {"gpu_speedup": alone[0], "exchange_share": layers * draft.exchange_ms / draft.step_ms} if alone else {}
+    )
+    return over_gpus | {
         "steps": num_steps,
         "dense_steps": dense_steps,
         "dense_s": num_steps * model.forwards * best.step_ms / 1e3,

@@ -115,8 +115,9 @@ def _run_model(args: argparse.Namespace, ranks: Ranks) -> None:
     facts = environment(device)
     print(", ".join(f"{key} {value}" for key, value in facts.items()))
     options = {"sparsity": args.sparsity, "budget": args.budget, "backend": args.backend, "compiled": args.compile}
+    split = ranks.split if ranks.size > 1 else None
     steps = []
-    for step in model.run(args.model, device=device, seconds=args.seconds, split=ranks.split, **options):
+    for step in model.run(args.model, device=device, seconds=args.seconds, split=split, **options):
         steps.append(step)
         blocks = ", ".join(f"{path} {cost:.2f}" for path, cost in step.block_ms.items())
         print(f"{step.name:20s} step {step.step_ms:9.1f} ms   blocks: {blocks} ms   memory {step.memory_gib:.2f} GiB")
@@ -126,6 +127,11 @@ def _run_model(args: argparse.Namespace, ranks: Ranks) -> None:
         f"{prediction['dense_steps']} of them dense: {prediction['draft_s']:.0f} s instead of "
         f"{prediction['dense_s']:.0f} s ({prediction['run_speedup']:.2f}x)"
     )
+    if ranks.size > 1:
+        print(
+            f"with all layers sparse, {ranks.size} GPUs are {prediction['gpu_speedup']:.2f}x as fast as one; "
+            f"exchanges are {prediction['exchange_share']:.0%} of the step"
+        )
     if args.json and ranks.first:
         options |= {"ulysses": args.ulysses} if args.ulysses > 1 else {}
         record = {"environment": facts, "model": args.model, "options": options, "prediction": prediction}

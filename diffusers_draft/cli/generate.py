@@ -56,10 +56,9 @@ def _run(args: argparse.Namespace, ranks: Ranks) -> None:
         if ranks.first:
             check_writable(args.output)
     start = image(args)
-    pipe = loaded(args)
+    pipe = loaded(args, ranks.split)
     with one_line(ValueError, ImportError, RuntimeError):
         arguments = call_arguments(pipe, prompt=args.prompt, seed=args.seed, image=start, **call(args))
-        ranks.split(pipe)
         handle = None if args.dense else enable_draft_attention(pipe, config=config)
         clip = run_pipeline(pipe, arguments)
     print(handle.report() if handle else "dense: draft attention was left out")

@@ -1,6 +1,7 @@
 """The options of the commands that run a diffusers pipeline: which model, how it is held, what is asked of it."""
 
 import argparse
+from collections.abc import Callable
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -79,11 +80,11 @@ def image(args: argparse.Namespace) -> Image.Image | None:
         return Image.open(args.image).convert("RGB")
 
 
-def loaded(args: argparse.Namespace) -> Any:
-    """Loads `--model`.
+def loaded(args: argparse.Namespace, prepare: Callable[[Any], None] = lambda pipe: None) -> Any:
+    """Loads `--model`; `prepare` gets it before it is offloaded or moved to the accelerator.
 
     Raises:
         CommandError: if it cannot be loaded, or does not fit the other options.
     """
     with one_line(OSError, ValueError, ImportError, torch.OutOfMemoryError):
-        return load(model(args), with_image=args.image is not None)
+        return load(model(args), with_image=args.image is not None, prepare=prepare)

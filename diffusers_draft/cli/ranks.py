@@ -11,10 +11,11 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from . import CommandError
+from . import CommandError, one_line
 
-PATIENCE = datetime.timedelta(seconds=50)
-"""How long a rank waits for another in one exchange before it gives up."""
+PATIENCE = {"gloo": datetime.timedelta(seconds=50), "nccl": datetime.timedelta(minutes=10)}
+"""How long a rank waits for another in one exchange before it gives up. NCCL counts from the call, which comes long
+before it is the exchange's turn on the GPU."""
 LOADING = datetime.timedelta(hours=2)
 """How long a rank waits until all have loaded the model, which one of them may download."""
 
@@ -50,7 +51,7 @@ class Ranks:
         """Splits a pipeline or transformer over the ranks, once all have it.
 
         Raises:
-            ValueError: if it cannot be split.
+            CommandError: if it cannot be split.
         """
         if self.size == 1:
             return
@@ -61,10 +62,8 @@ class Ranks:
         from ..parallel import enable_parallelism
 
         dist.monitored_barrier(dist.new_group(backend="gloo", timeout=LOADING), LOADING)
-        try:
+        with one_line(ValueError, NotImplementedError):
             enable_parallelism(pipe, config=ContextParallelConfig(ulysses_degree=self.size))
-        except NotImplementedError as error:
-            raise ValueError(str(error)) from error
 
 
 @contextlib.contextmanager
@@ -75,8 +74,9 @@ def together(ulysses: int) -> Iterator[Ranks]:
         ulysses: how many processes there should be.
 
     Raises:
-        CommandError: if there are others than `--ulysses` says or too few GPUs, or if one of them fails; then each
-            one says so within a minute.
+        CommandError: if there are others than `--ulysses` says or too few GPUs, or if one of them fails. `torchrun`
+            and `accelerate launch` then end the others; without them, each waits as long as `PATIENCE` has it, or
+            `LOADING` before all have the model.
     """
     size = int(os.environ.get("WORLD_SIZE", 1))
     if ulysses < 1 or size != ulysses:
@@ -107,7 +107,7 @@ def _join() -> None:
             raise CommandError(f"There are more processes than GPUs on this machine: {count}. Use --ulysses {count}.")
         torch.accelerator.set_device_index(local)
         backend = dist.get_default_backend_for_device(accelerator)
-    dist.init_process_group(backend, timeout=PATIENCE)
+    dist.init_process_group(backend, timeout=PATIENCE.get(backend))
 
 
 def _reason(error: Exception) -> str:

@@ -3,6 +3,7 @@
 import inspect
 import re
 import warnings
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -42,8 +43,9 @@ class Model:
 
 
 def device() -> torch.device:
-    """The accelerator, if there is one, else the CPU."""
-    return torch.accelerator.current_accelerator(check_available=True) or torch.device("cpu")
+    """This process's accelerator, if there is one, else the CPU."""
+    found = torch.accelerator.current_accelerator(check_available=True)
+    return torch.device(found.type, torch.accelerator.current_device_index()) if found else torch.device("cpu")
 
 
 def supported_pipelines() -> list[str]:
@@ -63,12 +65,13 @@ def call_parameters(pipeline: type) -> dict[str, inspect.Parameter]:
     return dict(inspect.signature(pipeline.__call__).parameters)
 
 
-def load(model: Model, *, with_image: bool = False) -> Any:
+def load(model: Model, *, with_image: bool = False, prepare: Callable[[Any], None] = lambda pipe: None) -> Any:
     """Loads a pipeline and puts it where it computes.
 
     Args:
         model: what to load.
         with_image: whether it will be called with an image.
+        prepare: gets the pipeline before it is offloaded or moved, to split it over GPUs.
 
     Returns:
         A diffusers pipeline.
@@ -93,10 +96,11 @@ def load(model: Model, *, with_image: bool = False) -> Any:
             transformer.compile_repeated_blocks(fullgraph=True)
     if model.vae_tiling:
         pipe.vae.enable_tiling()
+    prepare(pipe)
     if model.offload == "model":
-        pipe.enable_model_cpu_offload()
+        pipe.enable_model_cpu_offload(device=where)
     elif model.offload == "sequential":
-        pipe.enable_sequential_cpu_offload()
+        pipe.enable_sequential_cpu_offload(device=where)
     else:
         pipe.to(where)
     return pipe
