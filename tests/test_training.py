@@ -136,7 +136,7 @@ def test_latents_are_normalised_as_the_pipeline_wants(pipe: Any) -> None:
         before = reconstruction_psnr(pipe.vae, 0)
         measure_latents(pipe.vae, 0)
         latents = encode(pipe.vae, video)
-    assert latents.shape == (4, 8, 5, 16, 16)
+    assert latents.shape == (4, 12, 5, 16, 16)
     mean, deviation = (
         torch.tensor(pipe.vae.config[name]).view(-1, 1, 1, 1) for name in ("latents_mean", "latents_std")
     )
@@ -160,7 +160,7 @@ def test_autoencoder_learns() -> None:
 
 def test_the_flow_is_that_of_diffusers_schedulers(pipe: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     """The model sees `scale_noise` of the latents at its timestep, and the loss is zero for the way to the noise."""
-    latents, seen = torch.randn(2, 8, 5, 24, 32), []
+    latents, seen = torch.randn(2, 12, 5, 24, 32), []
     monkeypatch.setattr(flow, "_encoded", lambda *_: (latents, ["a red circle", ""]))
     scheduler = FlowMatchEulerDiscreteScheduler(shift=1.0)
 
@@ -180,6 +180,27 @@ def test_the_flow_is_that_of_diffusers_schedulers(pipe: Any, monkeypatch: pytest
         scheduler._begin_index = None
         expected = scheduler.scale_noise(latents[sample : sample + 1], timestep[sample : sample + 1], noise[sample])
         torch.testing.assert_close(noisy[sample : sample + 1], expected)
+
+
+def test_clips_serve_a_few_steps_with_other_noise(pipe: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    made, seen = [], []
+
+    def encoded(pipe: Any, grid: Any, batch: int, seed: int, number: int) -> Any:
+        made.append((grid, number))
+        return torch.full((1, 12, 1, 4, 4), float(number)), [""]
+
+    def model(noisy: torch.Tensor, *_: Any, **__: Any) -> Any:
+        seen.append(noisy)
+        return (noisy,)
+
+    monkeypatch.setattr(flow, "_encoded", encoded)
+    fake = SimpleNamespace(**{name: getattr(pipe, name) for name in ("vae", "text_encoder", "tokenizer")})
+    fake.transformer = SimpleNamespace(train=lambda: model)
+    phase = flow_phase(fake, 1, 0, tokens=1)
+    for number in range(3 * flow.NOISES):
+        phase.step(number, 0.0)
+    assert made == [(grid, number) for number, grid in enumerate(STAGES[0].grids)]
+    assert len({float(noisy.sum()) for noisy in seen}) == 3 * flow.NOISES
 
 
 def test_stages_fill_the_time_and_grow_to_ten_thousand_tokens_of_several_shapes() -> None:

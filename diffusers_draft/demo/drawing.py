@@ -1,5 +1,6 @@
 """Draws scenes as videos, on any device, a whole batch at once."""
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -27,7 +28,7 @@ def draw(scenes: Scenes, frames: int, height: int, width: int) -> Tensor:
         `(B, 3, F, H, W)` float32 in [-1, 1].
     """
     world = _world(scenes, frames, height, width)
-    palette = torch.tensor(list(COLOURS.values()), device=world.x.device)
+    palette = _palette(world.x.device)
     ground = _look_up(palette[scenes.pattern_colour] * scenes.brightness[:, -1:])
     picture = ground * (0.55 + 0.45 * _background(scenes, world))[:, None]
     for place in range(MOST_SHAPES):
@@ -60,9 +61,8 @@ class _Shape:
 def _world(scenes: Scenes, frames: int, height: int, width: int) -> _World:
     device = scenes.camera.device
     time = torch.arange(frames, device=device) - (frames - 1) / 2
-    across = torch.tensor([_towards(name, "left", "right") for name in CAMERAS], device=device)
-    down = torch.tensor([_towards(name, "up", "down") for name in CAMERAS], device=device)
-    closer = torch.tensor([_towards(name, "out", "in") for name in CAMERAS], device=device)
+    across, down = _towards(CAMERAS, "left", "right", device), _towards(CAMERAS, "up", "down", device)
+    closer = _towards(CAMERAS, "out", "in", device)
     way = scenes.camera_speed[:, None] * time  # (B, F)
     zoom = torch.exp(0.01 * closer[scenes.camera][:, None] * way)[..., None, None]
     x = torch.arange(width, device=device) - (width - 1) / 2
@@ -79,7 +79,7 @@ def _background(scenes: Scenes, world: _World) -> Tensor:
     angle = _look_up(scenes.pattern_angle)
     u = (world.x * angle.cos() + world.y * angle.sin()) / size
     v = (world.y * angle.cos() - world.x * angle.sin()) / size
-    edge = size * world.zoom / torch.pi  # pixels in which the value below moves by one where it is steepest
+    edge = size * world.zoom / math.pi  # pixels in which the value below moves by one where it is steepest
     values = {
         "stripes": _wave(u),
         "checks": _wave(u) * _wave(v),
@@ -120,12 +120,10 @@ def _motion(scenes: Scenes, time: Tensor, place: int) -> tuple[Tensor, Tensor, T
     """`(B, F, 1, 1)` each: x, y and the angle."""
     device = time.device
     motion, speed = scenes.motion[:, place], scenes.speed[:, place, None]
-    across = torch.tensor([_towards(name, "left", "right") for name in MOTIONS], device=device)
-    down = torch.tensor([_towards(name, "up", "down") for name in MOTIONS], device=device)
-    bounces = torch.tensor([float(name == "bouncing") for name in MOTIONS], device=device)
-    spins = torch.tensor([float(name == "spinning") for name in MOTIONS], device=device)
+    across, down = _towards(MOTIONS, "left", "right", device), _towards(MOTIONS, "up", "down", device)
+    bounces, spins = _towards(MOTIONS, "", "bouncing", device), _towards(MOTIONS, "", "spinning", device)
     way = speed * time  # (B, F)
-    bounce = torch.sin(torch.pi * (way / 30 + scenes.phase[:, place, None])).abs()
+    bounce = torch.sin(math.pi * (way / 30 + scenes.phase[:, place, None])).abs()
     x = scenes.position[:, place, :1] + across[motion][:, None] * way
     y = scenes.position[:, place, 1:] + down[motion][:, None] * way - bounces[motion][:, None] * 22 * bounce
     turn = scenes.angle[:, place, None] + spins[motion][:, None] * way / 20
@@ -135,7 +133,7 @@ def _motion(scenes: Scenes, time: Tensor, place: int) -> tuple[Tensor, Tensor, T
 def _texture(x: Tensor, y: Tensor, pixels: Tensor, index: Tensor) -> Tensor:
     """`(B, F, H, W)` in [0, 1] for coordinates in radii."""
     u, v = 1.6 * x, 1.6 * y
-    edge = pixels / (1.6 * torch.pi)
+    edge = pixels / (1.6 * math.pi)
     values = {"plain": torch.ones_like(u), "striped": _wave(u), "checkered": _wave(u) * _wave(v)}
     values["dotted"] = 0.9 - _wave(u + 0.25) - _wave(v + 0.25)
     return _choose(torch.stack([_threshold(values[name], edge) for name in TEXTURES]), index)
@@ -143,16 +141,14 @@ def _texture(x: Tensor, y: Tensor, pixels: Tensor, index: Tensor) -> Tensor:
 
 def _star(x: Tensor, y: Tensor) -> Tensor:
     """Of five points: a sector of 36 degrees, mirrored ten times."""
-    sector = torch.pi / 5
+    sector = math.pi / 5
     angle = torch.atan2(x, -y)
     angle = torch.remainder(angle + sector, 2 * sector) - sector
     length = torch.hypot(x, y)
     across, along = length * angle.sin().abs(), length * angle.cos()
     # From the point at (0, 1.1) to the notch at half of that.
-    notch_x, notch_y = 0.55 * torch.sin(torch.tensor(sector)).item(), 0.55 * torch.cos(torch.tensor(sector)).item()
-    edge_x, edge_y = notch_x, notch_y - 1.1
-    norm = (edge_x**2 + edge_y**2) ** 0.5
-    return (across * -edge_y + (along - 1.1) * edge_x) / norm
+    edge_x, edge_y = 0.55 * math.sin(sector), 0.55 * math.cos(sector) - 1.1
+    return (across * -edge_y + (along - 1.1) * edge_x) / math.hypot(edge_x, edge_y)
 
 
 def _cross(x: Tensor, y: Tensor) -> Tensor:
@@ -172,7 +168,7 @@ _DISTANCES: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
 
 
 def _wave(turns: Tensor) -> Tensor:
-    return torch.sin(2 * torch.pi * turns)
+    return torch.sin(2 * math.pi * turns)
 
 
 def _threshold(value: Tensor, edge: Tensor) -> Tensor:
@@ -180,9 +176,14 @@ def _threshold(value: Tensor, edge: Tensor) -> Tensor:
     return (0.5 + value * edge / 2).clamp(0, 1)
 
 
-def _towards(name: str, negative: str, positive: str) -> float:
-    last = name.split()[-1]
-    return float(last == positive) - float(last == negative)
+def _palette(device: torch.device) -> Tensor:
+    return torch.tensor(list(COLOURS.values()), device=device)
+
+
+def _towards(names: tuple[str, ...], negative: str, positive: str, device: torch.device) -> Tensor:
+    """For each name 1 if its last word is the positive one, -1 if it is the negative one, else 0."""
+    words = [name.split()[-1] for name in names]
+    return torch.tensor([float(word == positive) - float(word == negative) for word in words], device=device)
 
 
 def _choose(options: Tensor, index: Tensor) -> Tensor:

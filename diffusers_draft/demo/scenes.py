@@ -85,7 +85,9 @@ class Scenes:
 
     def to(self, device: torch.device) -> "Scenes":
         """The same on another device."""
-        return Scenes(**{field.name: getattr(self, field.name).to(device) for field in fields(self)})
+        return Scenes(
+            **{field.name: getattr(self, field.name).to(device, non_blocking=True) for field in fields(self)}
+        )
 
 
 def sample_scenes(batch: int, height: int, width: int, generator: torch.Generator) -> Scenes:

@@ -8,7 +8,7 @@ from transformers import PreTrainedTokenizerFast, UMT5Config, UMT5EncoderModel
 
 from ..demo.scenes import WORDS
 
-LATENT_CHANNELS = 8
+LATENT_CHANNELS = 12
 TEXT_DIM = 64
 FLOW_SHIFT = 3.0
 """How far sampling and training lean towards high noise, as in Wan."""

@@ -1,5 +1,6 @@
 """Trains the transformer and the text encoder by flow matching, on grids that grow."""
 
+import functools
 import math
 from dataclasses import dataclass
 from typing import Any
@@ -14,6 +15,8 @@ from .autoencoder import encode
 from .clips import clips, noise_generator
 from .loop import Phase
 
+NOISES = 4
+"""Steps in a row that learn from the same clips, with other noise: drawing and encoding cost as much as a step."""
 WITHOUT_CAPTION = 0.1
 """Share of the clips that are learned without a caption, for classifier-free guidance."""
 
@@ -26,7 +29,8 @@ class Stage:
         until: the share of the time that has passed when it ends.
         grids: `(T, Y, X)` tokens of the clips, in turn; rows and columns differ between them so that blocks of draft
             attention meet ragged edges too.
-        text: tokens that captions are padded to with zeros, at most the pipeline's 512.
+        text: tokens that captions are padded to with zeros, at most the pipeline's 512. It differs from the model's own
+            sizes, which `torch.compile` would take for the same thing.
     """
 
     until: float
@@ -35,7 +39,7 @@ class Stage:
 
 
 STAGES = (
-    Stage(0.35, ((5, 12, 16), (5, 16, 12), (5, 13, 15)), text=64),
+    Stage(0.35, ((5, 12, 16), (5, 16, 12), (5, 13, 15)), text=72),
     Stage(0.6, ((7, 16, 28), (7, 28, 16), (9, 19, 21)), text=128),
     Stage(1.0, ((9, 24, 48), (9, 48, 24), (9, 30, 37), (11, 21, 44)), text=512),
 )
@@ -55,11 +59,13 @@ def flow_phase(pipe: Any, minutes: float, seed: int, tokens: int) -> Phase:
     """
     transformer, vae = pipe.transformer.train(), pipe.vae.eval()
     pipe.text_encoder.train()
+    encoded = functools.lru_cache(maxsize=1)(functools.partial(_encoded, pipe))
 
     def step(number: int, share: float) -> Tensor:
         stage = next(stage for stage in STAGES if share < stage.until)
-        grid = stage.grids[number % len(stage.grids)]
-        latents, texts = _encoded(pipe, grid, max(1, tokens // math.prod(grid)), seed, number)
+        batch_number = number // NOISES
+        grid = stage.grids[batch_number % len(stage.grids)]
+        latents, texts = encoded(grid, max(1, tokens // math.prod(grid)), seed, batch_number)
         random = noise_generator(latents.device, seed, number)
         noise = torch.randn(latents.shape, generator=random, device=latents.device)
         sigma = torch.randn(len(latents), generator=random, device=latents.device).sigmoid()

@@ -56,7 +56,7 @@ def run(training: Training, folder: Path) -> Path:
     pipe.to(where)
     if where.type == "cuda":
         torch.set_float32_matmul_precision("high")
-        pipe.transformer.compile_repeated_blocks()
+        pipe.transformer.compile_repeated_blocks(dynamic=True)  # grids and captions change
     minutes = training.minutes * FOR_AUTOENCODER
     learned = {"autoencoder": train(autoencoder_phase(pipe.vae, minutes, training.seed, training.pixels), folder)}
     measure_latents(pipe.vae, training.seed)
