@@ -29,8 +29,8 @@ class Stage:
         until: the share of the time that has passed when it ends.
         grids: `(T, Y, X)` tokens of the clips, in turn; rows and columns differ between them so that blocks of draft
             attention meet ragged edges too.
-        text: tokens that captions are padded to with zeros, at most the pipeline's 512. It differs from the model's own
-            sizes, which `torch.compile` would take for the same thing.
+        text: tokens that captions are padded to with zeros, at most the pipeline's 512; none of the model's own sizes,
+            which `torch.compile` would take for the same thing.
     """
 
     until: float
