@@ -6,6 +6,7 @@ import re
 import subprocess
 import sys
 
+import imageio
 import numpy as np
 import pytest
 import torch
@@ -18,7 +19,7 @@ from diffusers_draft.cli import main
 from diffusers_draft.demo.capture import QueryKey, captured
 from diffusers_draft.demo.model import demo_inputs, demo_pipeline
 from diffusers_draft.demo.pictures import draft_picture, side_by_side
-from diffusers_draft.demo.run import generate, psnr
+from diffusers_draft.demo.run import generate, psnr, ssim
 
 TINY = ["--steps", "2", "--frames", "5", "--height", "32", "--width", "64"]
 """3 x 8 x 16 tokens: three blocks."""
@@ -54,14 +55,19 @@ def test_demo_prints_the_report_and_both_times(demo):
     # round(0.5 * 9) of nine pairs are four.
     assert "density   0.444 (layers from 0.444 to 0.444)" in out
     assert re.search(r"Denoising on one CPU thread: \d+\.\d s dense, \d+\.\d s with draft attention: \d+\.\dx\.", out)
-    assert re.search(r"PSNR between the two videos: \d+\.\d dB", out)
+    assert re.search(r"The two videos: PSNR \d+\.\d dB, SSIM [01]\.\d{3}", out)
     assert str(folder) in out
     assert "dense: 100%" in err and "draft attention: 100%" in err
 
 
-def test_demo_writes_a_gif_of_all_frames_and_a_picture(demo):
+def test_demo_writes_both_videos_and_a_picture(demo):
     folder, _, _ = demo
-    assert sorted(path.name for path in folder.iterdir()) == ["dense-and-draft.gif", "draft-map.png"]
+    assert sorted(path.name for path in folder.iterdir()) == [
+        "dense-and-draft.gif",
+        "dense-and-draft.mp4",
+        "draft-map.png",
+    ]
+    assert imageio.v3.imread(folder / "dense-and-draft.mp4").shape == (5, 2 * 32 + 24, 2 * 2 * 64, 3)
     with Image.open(folder / "dense-and-draft.gif") as gif:
         assert gif.format == "GIF"
         assert gif.size == (2 * 2 * 64, 2 * 32 + 24)
@@ -77,7 +83,7 @@ def test_sparsity_0_gives_the_dense_video(tmp_path, capsys):
     main(["demo", *TINY, "--sparsity", "0", "--output", str(tmp_path)])
     out = capsys.readouterr().out
     assert "density   1.000" in out
-    assert float(re.search(r"videos: (\S+) dB", out)[1]) > 90
+    assert float(re.search(r"PSNR (\S+) dB", out)[1]) > 90 and "SSIM 1.000" in out
 
 
 @pytest.mark.parametrize(
@@ -196,6 +202,14 @@ def test_psnr():
     video = torch.zeros(2, 3, 4, 4)
     assert psnr(video, video) == float("inf")
     assert psnr(video, video + 0.1) == pytest.approx(20, abs=1e-4)
+
+
+def test_ssim():
+    video = torch.rand(2, 3, 16, 16, generator=torch.Generator().manual_seed(0))
+    assert ssim(video, video) == pytest.approx(1)
+    # The constants of the measure alone, where both are even: 2 a b + c over a^2 + b^2 + c, with c = 0.01^2.
+    even, other = torch.full((2, 3, 16, 16), 0.2), torch.full((2, 3, 16, 16), 0.6)
+    assert ssim(even, other) == pytest.approx((0.24 + 1e-4) / (0.4 + 1e-4), abs=1e-4)
 
 
 def test_side_by_side_puts_videos_in_order_under_a_caption():

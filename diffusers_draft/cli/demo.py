@@ -3,9 +3,13 @@
 import argparse
 from pathlib import Path
 
-from .. import DraftConfig, enable_draft_attention
-from . import CommandError
+import numpy as np
 
+from .. import DraftConfig, enable_draft_attention
+from . import CommandError, one_line
+
+FPS = 8
+VIDEO = "dense-and-draft.mp4"
 GIF = "dense-and-draft.gif"
 PICTURE = "draft-map.png"
 
@@ -16,7 +20,7 @@ def add_parser(subparsers: argparse._SubParsersAction) -> None:
         "demo",
         help="generate a small video dense and with draft attention",
         description="Generates a small video on one CPU thread, dense and with draft attention from the same seed, "
-        f"with random weights and without downloads. Writes {GIF} and {PICTURE}.",
+        f"with random weights and without downloads. Writes {VIDEO}, {GIF} and {PICTURE}.",
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )
     parser.add_argument("--sparsity", type=float, default=0.9, help="share of the video block pairs to skip")
@@ -39,13 +43,12 @@ def run(args: argparse.Namespace) -> None:
     try:
         from ..demo import model, pictures
         from ..demo.capture import captured
-        from ..demo.run import generate, psnr
+        from ..demo.run import generate, psnr, ssim
+        from ..generation.video import check_writable, write_video
     except ImportError as error:
         raise CommandError(f"{error}. Install what the demo needs: pip install 'diffusers-draft[demo]'") from error
-    try:
-        args.output.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise CommandError(f"cannot write to --output {args.output}: {error.strerror}") from error
+    with one_line(OSError):
+        check_writable(args.output / VIDEO)
 
     pipe = model.demo_pipeline()
     inputs = model.demo_inputs(pipe, args.frames, args.height, args.width, seed=args.seed)
@@ -56,19 +59,21 @@ def run(args: argparse.Namespace) -> None:
         report = handle.report()
 
     speedup = dense.seconds / draft.seconds
-    quality = psnr(dense.video, draft.video)
+    likeness = f"PSNR {psnr(dense.video, draft.video):.1f} dB, SSIM {ssim(dense.video, draft.video):.3f}"
     print(report)
     times = f"{dense.seconds:.1f} s dense, {draft.seconds:.1f} s with draft attention: {speedup:.1f}x"
     print(f"Denoising on one CPU thread: {times}.")
-    print(f"PSNR between the two videos: {quality:.1f} dB (the weights are random: not a measure of quality).")
+    print(f"The two videos: {likeness} (the weights are random: not a measure of quality).")
 
-    captions = ("dense", f"draft attention, sparsity {config.sparsity:g}, {speedup:.1f}x")
+    grid, density = report.transformers[0].grid, report.transformers[0].density
+    assert grid is not None and density is not None  # it has just run
+    captions = (f"dense, {dense.seconds:.1f} s", f"draft attention, density {density:.2f}, {draft.seconds:.1f} s")
     pairs = pictures.side_by_side((dense.video, draft.video), captions)
-    pairs[0].save(args.output / GIF, save_all=True, append_images=pairs[1:], duration=125, loop=0)
-    grid = report.transformers[0].grid
-    assert grid is not None  # it has just run
-    pictures.draft_picture(tensors, grid, dense.video, config).save(args.output / PICTURE)
-    print(f"Wrote {args.output / GIF} and {args.output / PICTURE}.")
+    with one_line(OSError):
+        write_video(np.stack([np.asarray(pair) for pair in pairs]), args.output / VIDEO, FPS)
+        pairs[0].save(args.output / GIF, save_all=True, append_images=pairs[1:], duration=1000 // FPS, loop=0)
+        pictures.draft_picture(tensors, grid, dense.video, config).save(args.output / PICTURE)
+    print(f"Wrote {VIDEO}, {GIF} and {PICTURE} in {args.output}.")
 
 
 def _checked_config(args: argparse.Namespace) -> DraftConfig:

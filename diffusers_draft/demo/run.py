@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from diffusers import WanPipeline
 from torch import Tensor
+from torchmetrics.functional.image import structural_similarity_index_measure
 
 
 @dataclass(frozen=True)
@@ -62,3 +63,10 @@ def psnr(video: Tensor, other: Tensor) -> float:
     """Peak signal-to-noise ratio in dB of two videos with values in [0, 1]; infinite if they are equal."""
     error = (video.double() - other.double()).square().mean().item()
     return -10 * math.log10(error) if error else math.inf
+
+
+def ssim(video: Tensor, other: Tensor) -> float:
+    """Structural similarity of two videos with values in [0, 1], the mean over their frames."""
+    value = structural_similarity_index_measure(video, other, data_range=1.0)
+    assert isinstance(value, Tensor), "a pair comes only where more is asked for"
+    return value.item()
