@@ -44,20 +44,20 @@ class Exchange:
                 f"A GPU has {query.shape[1]} tokens, but its share of {self.shared} tokens is {split}: something "
                 "removed diffusers' hooks that split the model's inputs. Split the model before it is offloaded."
             )
-        by_rank = [tensor[:, :split].unflatten(2, (self.size, -1)).permute(2, 1, 0, 3, 4) for tensor in tensors]
-        received = self._all_to_all(torch.stack(by_rank, dim=2))  # (ranks, S / ranks, 3, B, H / ranks, D)
-        whole = [tensor.transpose(0, 1) for tensor in received.flatten(0, 1).unbind(1)]
-        if not self.whole_text:
-            return whole
-        texts = [tensor[:, split:].chunk(self.size, dim=2)[self.rank] for tensor in tensors]
-        return [torch.cat(pair, dim=1) for pair in zip(whole, texts, strict=True)]
+        # The last rank sends what is behind the video: it arrives in its place, and nobody has to put it there.
+        last = self.rank == self.size - 1
+        sent = split + behind if last else split
+        by_rank = [tensor[:, :sent].unflatten(2, (self.size, -1)).permute(2, 1, 0, 3, 4) for tensor in tensors]
+        rows = torch.stack(by_rank, dim=2).flatten(0, 1)  # (ranks * S, 3, B, H / ranks, D)
+        received = self._all_to_all(rows, [split] * (self.size - 1) + [split + behind], [sent] * self.size)
+        return [tensor.transpose(0, 1) for tensor in received.unbind(1)]
 
     def to_tokens(self, out: Tensor) -> Tensor:
         """`(B, S, H / ranks, D)` to `(B, S on this rank, H, D)`."""
         by_rank = out[:, : self.shared].unflatten(1, (self.size, -1)).permute(1, 2, 0, 3, 4)
         behind = out[:, self.shared :].transpose(0, 1).expand(self.size, -1, -1, -1, -1)
-        received = self._all_to_all(torch.cat([by_rank, behind], dim=1))  # (ranks, S on this rank, B, H / ranks, D)
-        return received.permute(2, 1, 0, 3, 4).flatten(2, 3)
+        rows = torch.cat([by_rank, behind], dim=1)  # (ranks, S on this rank, B, H / ranks, D)
+        return self._all_to_all(rows).permute(2, 1, 0, 3, 4).flatten(2, 3)
 
     def whole_mask(self, mask: Tensor | None, seq_len: int) -> Tensor | None:
         """The mask of a call as it must be for the whole sequence of `seq_len` tokens.
@@ -75,9 +75,9 @@ class Exchange:
         behind = seq_len - self.shared
         return functional.pad(mask[..., mask.shape[-1] - behind :], (self.shared, 0), value=True)
 
-    def _all_to_all(self, tensor: Tensor) -> Tensor:
-        """Sends `tensor[rank]` to each rank; returns what came, by sender."""
-        return funcol.wait_tensor(funcol.all_to_all_single(tensor.contiguous(), None, None, self.group))
+    def _all_to_all(self, rows: Tensor, come: list[int] | None = None, go: list[int] | None = None) -> Tensor:
+        """Sends each rank its part of the rows, and returns what came; equal parts where their sizes are not given."""
+        return funcol.wait_tensor(funcol.all_to_all_single(rows.contiguous(), come, go, self.group))
 
 
 def context_parallel(parallel_config: Any) -> Any:
