@@ -1,6 +1,5 @@
 """Enable, report, disable: finds the transformers, checks everything, and only then changes anything."""
 
-import math
 import sys
 from collections.abc import Iterable
 from types import FrameType
@@ -180,11 +179,6 @@ def known_transformers(pipe: Any) -> dict[str, tuple[nn.Module, Family]]:
 
 def _schedule(pipe: Any, family: Family, config: DraftConfig) -> Schedule:
     """The schedule that was asked for, or else the family's."""
-    if family.timesteps_rise and config.dense_steps is None and config.dense_timestep not in (None, math.inf):
-        raise ValueError(
-            f"dense_timestep={config.dense_timestep} means the steps above it, the first ones where timesteps fall; "
-            f"those of {family.name} rise. Use dense_steps."
-        )
     if config.dense_steps is not None or config.dense_timestep is not None:
         share, limit = config.dense_steps, config.dense_timestep
     else:

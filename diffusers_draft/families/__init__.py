@@ -71,7 +71,6 @@ class Family:
         dense_steps: share of a run's steps, from its start, that stays dense by default where no timestep is known
             to be best; a transformer without a pipeline does not know its run, and no step of it is dense then.
         scheduler_units: whether the model gets timesteps as its scheduler counts them.
-        timesteps_rise: whether they rise in a run, so that no limit above which steps are dense makes sense.
         split: how to split it over GPUs, or the reason why that does not work.
         text: where text and other tokens meet the video, for the table in README.
         notes: what else a user should know, likewise.
@@ -89,7 +88,6 @@ class Family:
     dense_timestep: float = math.inf
     dense_steps: float | None = None
     scheduler_units: bool = True
-    timesteps_rise: bool = False
     split: Split | str
     text: str
     notes: str = ""

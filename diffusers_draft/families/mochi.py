@@ -27,7 +27,6 @@ MOCHI = Family(
     video=video,
     dense_layers=("transformer_blocks.0.attn1",),
     dense_steps=0.25,
-    timesteps_rise=True,
     split="its attention processors take no parallel config, so that they cannot be told of a split",
     text="joint, behind the video, padding left out",
     notes="sparse layers do not loop over samples; timesteps rise, so use `dense_steps`",
