@@ -1,5 +1,6 @@
 """Training of the demo's model: what it learns from, that it can be stopped, and what comes out."""
 
+import dataclasses
 import itertools
 import re
 import sys
@@ -17,7 +18,7 @@ from torch import nn
 import diffusers_draft
 from diffusers_draft.cli import main
 from diffusers_draft.demo.scenes import WORDS, captions
-from diffusers_draft.training import card, flow, loop
+from diffusers_draft.training import autoencoder, card, flow, loop
 from diffusers_draft.training.architecture import untrained_pipeline, word_tokenizer
 from diffusers_draft.training.autoencoder import autoencoder_phase, encode, measure_latents, reconstruction_psnr
 from diffusers_draft.training.clips import HELD_OUT, clips, noise_generator, scenes
@@ -25,6 +26,8 @@ from diffusers_draft.training.flow import STAGES, embed, flow_phase
 from diffusers_draft.training.loop import Phase, train
 
 CPU = torch.device("cpu")
+JUDGED = (2, (9, 64, 64))
+"""Fewer and smaller clips than the real training judges its autoencoder by."""
 
 
 @pytest.fixture(scope="module")
@@ -129,7 +132,8 @@ def test_captions_are_embedded_as_the_pipeline_does(pipe: Any) -> None:
     torch.testing.assert_close(embed(pipe, texts, 64), expected)
 
 
-def test_latents_are_normalised_as_the_pipeline_wants(pipe: Any) -> None:
+def test_latents_are_normalised_as_the_pipeline_wants(pipe: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(autoencoder, "JUDGED", JUDGED)
     video, _ = clips(CPU, 4, (9, 64, 64), 0, 0)
     with torch.no_grad():
         raw = encode(pipe.vae, video)
@@ -141,8 +145,18 @@ def test_latents_are_normalised_as_the_pipeline_wants(pipe: Any) -> None:
         torch.tensor(pipe.vae.config[name]).view(-1, 1, 1, 1) for name in ("latents_mean", "latents_std")
     )
     torch.testing.assert_close(latents * deviation + mean, raw)
-    assert latents.mean((0, 2, 3, 4)).abs().max() < 0.5
+    assert latents.mean((0, 2, 3, 4)).abs().max() < 1
     assert reconstruction_psnr(pipe.vae, 0) == before
+
+
+def test_every_weight_of_the_autoencoder_is_trained() -> None:
+    """Each time step of a convolution too: those that look far back see nothing in short clips."""
+    vae = untrained_pipeline(0).vae
+    autoencoder_phase(vae, 1, 0, pixels=1).step(0, 0.0).backward()
+    for name, module in vae.named_modules():
+        if isinstance(module, nn.Conv3d):
+            for step in range(module.kernel_size[0]):
+                assert module.weight.grad[:, :, step].any(), f"{name}, time step {step}"
 
 
 def test_autoencoder_learns() -> None:
@@ -197,10 +211,10 @@ def test_clips_serve_a_few_steps_with_other_noise(pipe: Any, monkeypatch: pytest
     fake = SimpleNamespace(**{name: getattr(pipe, name) for name in ("vae", "text_encoder", "tokenizer")})
     fake.transformer = SimpleNamespace(train=lambda: model)
     phase = flow_phase(fake, 1, 0, tokens=1)
-    for number in range(3 * flow.NOISES):
+    for number in range(3 * STAGES[0].noises):
         phase.step(number, 0.0)
     assert made == [(grid, number) for number, grid in enumerate(STAGES[0].grids)]
-    assert len({float(noisy.sum()) for noisy in seen}) == 3 * flow.NOISES
+    assert len({float(noisy.sum()) for noisy in seen}) == 3 * STAGES[0].noises
 
 
 def test_stages_fill_the_time_and_grow_to_ten_thousand_tokens_of_several_shapes() -> None:
@@ -215,7 +229,7 @@ def test_stages_fill_the_time_and_grow_to_ten_thousand_tokens_of_several_shapes(
 
 @pytest.mark.parametrize("share", [0.0, 0.5, 0.99])
 def test_every_stage_trains_transformer_and_text_encoder(pipe: Any, share: float, monkeypatch: Any) -> None:
-    stages = [flow.Stage(stage.until, ((1, *stage.grids[0][1:]),), stage.text) for stage in STAGES]
+    stages = [dataclasses.replace(stage, grids=((1, *stage.grids[0][1:]),)) for stage in STAGES]
     monkeypatch.setattr(flow, "STAGES", stages)
     phase = flow_phase(pipe, 1, 0, tokens=200)
     loss = phase.step(0, share)
@@ -232,7 +246,8 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The folder of a training of a few steps on one small grid."""
     folder = tmp_path_factory.mktemp("training") / "new"
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(flow, "STAGES", (flow.Stage(1.0, ((3, 8, 12),), 64),))
+        patch.setattr(flow, "STAGES", (flow.Stage(1.0, ((3, 8, 12),), text=64, noises=2),))
+        patch.setattr(autoencoder, "JUDGED", JUDGED)
         for name, value in {"HEIGHT": 64, "WIDTH": 96, "FRAMES": 5, "STEPS": 2, "SAMPLES": 2}.items():
             patch.setattr(card, name, value)
         sizes = ["--minutes", "0.1", "--tokens", "300", "--pixels", "40000"]

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from .scenes import CAMERAS, COLOURS, MOST_SHAPES, MOTIONS, PATTERNS, SHAPES, TEXTURES, Scenes
+from .scenes import CAMERAS, COLOURS, MOTIONS, PATTERNS, SHAPES, TEXTURES, Scenes
 
 LIGHT = (-0.6, -0.8)
 """Where the light comes from, in the plane of the frame."""
@@ -31,7 +31,7 @@ def draw(scenes: Scenes, frames: int, height: int, width: int) -> Tensor:
     palette = _palette(world.x.device)
     ground = _look_up(palette[scenes.pattern_colour] * scenes.brightness[:, -1:])
     picture = ground * (0.55 + 0.45 * _background(scenes, world))[:, None]
-    for place in range(MOST_SHAPES):
+    for place in range(scenes.present.shape[1]):
         shape = _shape(scenes, world, place)
         colour = _look_up(palette[scenes.colour[:, place]] * scenes.brightness[:, place, None])
         picture = picture * (1 - 0.45 * shape.shadow)[:, None]

@@ -27,7 +27,7 @@ MOTIONS = ("moving left", "moving right", "moving up", "moving down", "bouncing"
 PATTERNS = ("stripes", "checks", "dots", "waves", "sky")
 CAMERAS = ("still", "pans left", "pans right", "pans up", "pans down", "zooms in", "zooms out")
 MOST_SHAPES = 3
-"""In one scene."""
+"""In one scene; half of the scenes have one alone."""
 
 _CHOICES = (COLOURS, SIZES, SHAPES, TEXTURES, MOTIONS, PATTERNS, CAMERAS)
 WORDS = tuple(
@@ -38,10 +38,11 @@ WORDS = tuple(
 
 @dataclass(frozen=True)
 class Scenes:
-    """What a batch of B clips shows. Shapes have K places; later ones lie on top.
+    """What a batch of B clips shows.
 
-    All indices are int64 and all other numbers float32. Lengths are in pixels from the middle of the frame, to the
-    right and down; times are in frames from the middle of the clip.
+    Shapes have K places, as many as fit into the frame; later ones lie on top. All indices are int64 and all other
+    numbers float32. Lengths are in pixels from the middle of the frame, to the right and down; times are in frames
+    from the middle of the clip.
 
     Attributes:
         pattern: `(B,)` of the background, an index into `PATTERNS`.
@@ -106,11 +107,12 @@ def sample_scenes(batch: int, height: int, width: int, generator: torch.Generato
     def uniform(low: float, high: float, *size: int) -> Tensor:
         return low + (high - low) * torch.rand(batch, *size, generator=generator)
 
-    places = MOST_SHAPES
+    places = _most_shapes(height, width)
     pattern_colour, colour = choose(COLOURS), choose(COLOURS, places)
     # No shape has the colour of the background.
     colour = torch.where(colour == pattern_colour[:, None], (colour + 1) % len(COLOURS), colour)
-    count = torch.randint(1, _most_shapes(height, width) + 1, (batch, 1), generator=generator)
+    count = torch.randint(1, places + 1, (batch, 1), generator=generator)
+    count = torch.where(uniform(0, 1, 1) < 0.5, 1, count)
     size = choose(SIZES, places)
     low, high = torch.tensor(list(SIZES.values())).unbind(1)
     return Scenes(

@@ -40,6 +40,7 @@ def untrained_pipeline(seed: int) -> WanPipeline:
             ),
             vae=AutoencoderKLWan(
                 base_dim=16,
+                decoder_base_dim=24,
                 z_dim=LATENT_CHANNELS,
                 dim_mult=[1, 2],
                 num_res_blocks=1,

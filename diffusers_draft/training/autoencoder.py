@@ -12,9 +12,11 @@ from .loop import Phase
 
 KL_WEIGHT = 1e-4
 """Of the distance to the normal distribution, for each number of the latents: keeps their size, costs no detail."""
-FRAMES = 5
-SIZES = ((64, 64), (96, 128), (128, 96))
-"""Heights and widths of the clips, in turn."""
+SIZES = ((9, 64, 64), (17, 96, 128), (9, 128, 96))
+"""Frames, heights and widths of the clips, in turn. The decoder looks two latent frames back, several times over: on
+fewer frames part of its weights would never be trained, and later frames of a longer clip would fall apart."""
+JUDGED = (4, (17, 96, 192))
+"""How many clips of which size the reconstruction is judged by."""
 
 
 def autoencoder_phase(vae: Any, minutes: float, seed: int, pixels: int) -> Phase:
@@ -28,9 +30,8 @@ def autoencoder_phase(vae: Any, minutes: float, seed: int, pixels: int) -> Phase
     """
 
     def step(number: int, share: float) -> Tensor:
-        height, width = SIZES[number % len(SIZES)]
-        batch = max(1, pixels // (height * width * FRAMES))
-        video, _ = clips(vae.device, batch, (FRAMES, height, width), seed, number)
+        size = SIZES[number % len(SIZES)]
+        video, _ = clips(vae.device, max(1, pixels // math.prod(size)), size, seed, number)
         with torch.autocast(vae.device.type, torch.bfloat16):
             latents = vae.encode(video).latent_dist
             again = vae.decode(latents.sample()).sample
@@ -38,14 +39,15 @@ def autoencoder_phase(vae: Any, minutes: float, seed: int, pixels: int) -> Phase
         size = 0.5 * (latents.mean.float().square() + latents.var.float() - 1 - latents.logvar.float()).mean()
         return error + KL_WEIGHT * size
 
-    return Phase("autoencoder", minutes, {"vae": vae.train()}, 4e-3, step)
+    return Phase("autoencoder", minutes, {"vae": vae.train()}, 2e-3, step)
 
 
 @torch.no_grad()
 def measure_latents(vae: Any, seed: int) -> None:
     """Writes the mean and the deviation of every latent channel into the autoencoder's config, for the pipeline."""
     vae.eval()
-    videos = (clips(vae.device, 32, (5, 64, 64), seed, HELD_OUT + number)[0] for number in range(2))
+    batch, size = JUDGED
+    videos = (clips(vae.device, batch, size, seed, HELD_OUT + number)[0] for number in range(8))
     latents = torch.cat([encode(vae, video) for video in videos])
     mean, deviation = latents.mean((0, 2, 3, 4)), latents.std((0, 2, 3, 4))
     vae.register_to_config(latents_mean=mean.tolist(), latents_std=deviation.tolist())
@@ -64,7 +66,8 @@ def encode(vae: Any, video: Tensor) -> Tensor:
 
 @torch.no_grad()
 def reconstruction_psnr(vae: Any, seed: int) -> float:
-    """PSNR in dB of clips that the autoencoder gives back, over all pixels of 8 clips it was not trained on."""
-    video, _ = clips(vae.device, 8, (9, 96, 192), seed, HELD_OUT)
+    """PSNR in dB of clips that the autoencoder gives back, over all pixels of clips that it was not trained on."""
+    batch, size = JUDGED
+    video, _ = clips(vae.device, batch, size, seed, HELD_OUT)
     again = vae.decode(vae.encode(video).latent_dist.mode()).sample
     return 10 * math.log10(4 / functional.mse_loss(again, video).item())  # values from -1 to 1

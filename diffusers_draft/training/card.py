@@ -20,7 +20,7 @@ from .loop import Progress
 SAMPLES = 8
 SHOWN = 4
 """Frames of each sample."""
-HEIGHT, WIDTH, FRAMES, STEPS = 192, 384, 17, 25
+HEIGHT, WIDTH, FRAMES, STEPS, GUIDANCE = 192, 384, 17, 25, 3.0
 
 TEXT = """---
 license: apache-2.0
@@ -39,8 +39,8 @@ It exists to try draft attention and to measure what it costs. It knows nothing 
 
 ![Samples, {shown} frames each](samples.png)
 
-*{samples} captions that it was not trained on; {frames} frames of {height} x {width} pixels in {steps} steps, no
-guidance.*
+*{samples} captions that it was not trained on; {frames} frames of {height} x {width} pixels in {steps} steps with
+guidance {guidance:g}.*
 
 ## Training
 
@@ -80,6 +80,7 @@ def write_card(folder: Path, pipe: Any, training: Any, learned: dict[str, Progre
         "height": HEIGHT,
         "width": WIDTH,
         "steps": STEPS,
+        "guidance": GUIDANCE,
         "seed": training.seed,
         "tokens": training.tokens,
         "psnr": psnr,
@@ -107,7 +108,7 @@ def contact_sheet(pipe: Any, prompts: list[str]) -> Image.Image:
             height=HEIGHT,
             width=WIDTH,
             num_inference_steps=STEPS,
-            guidance_scale=1.0,
+            guidance_scale=GUIDANCE,
             generator=torch.Generator().manual_seed(number),
             output_type="np",
         ).frames[0]

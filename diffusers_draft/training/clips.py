@@ -1,5 +1,8 @@
 """The clips of a batch: each depends on a seed and the batch's number alone, so that a training can be resumed."""
 
+import functools
+from collections.abc import Callable
+
 import numpy as np
 import torch
 from torch import Tensor
@@ -33,7 +36,14 @@ def clips(
     """
     frames, height, width = size
     chosen = scenes(batch, height, width, seed, number)
-    return draw(chosen.to(device), frames, height, width), captions(chosen)
+    with torch.no_grad():  # always, or it would be compiled twice
+        return _drawing(device.type)(chosen.to(device), frames, height, width), captions(chosen)
+
+
+@functools.cache
+def _drawing(device_type: str) -> Callable[..., Tensor]:
+    """A thousand small kernels, unless they are made a few."""
+    return torch.compile(draw, dynamic=True, fullgraph=True) if device_type == "cuda" else draw
 
 
 def noise_generator(device: torch.device, seed: int, number: int) -> torch.Generator:

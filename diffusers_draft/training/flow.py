@@ -15,8 +15,6 @@ from .autoencoder import encode
 from .clips import clips, noise_generator
 from .loop import Phase
 
-NOISES = 4
-"""Steps in a row that learn from the same clips, with other noise: drawing and encoding cost as much as a step."""
 WITHOUT_CAPTION = 0.1
 """Share of the clips that are learned without a caption, for classifier-free guidance."""
 
@@ -31,17 +29,20 @@ class Stage:
             attention meet ragged edges too.
         text: tokens that captions are padded to with zeros, at most the pipeline's 512; none of the model's own sizes,
             which `torch.compile` would take for the same thing.
+        noises: steps in a row that learn from the same clips, with other noise: drawing and encoding small clips costs
+            as much as a step.
     """
 
     until: float
     grids: tuple[Grid, ...]
     text: int
+    noises: int
 
 
 STAGES = (
-    Stage(0.35, ((5, 12, 16), (5, 16, 12), (5, 13, 15)), text=72),
-    Stage(0.6, ((7, 16, 28), (7, 28, 16), (9, 19, 21)), text=128),
-    Stage(1.0, ((9, 24, 48), (9, 48, 24), (9, 30, 37), (11, 21, 44)), text=512),
+    Stage(0.45, ((5, 12, 16), (5, 16, 12), (5, 13, 15)), text=72, noises=4),
+    Stage(0.7, ((7, 16, 28), (7, 28, 16), (9, 19, 21)), text=128, noises=4),
+    Stage(1.0, ((9, 24, 48), (9, 48, 24), (9, 30, 37), (11, 21, 44)), text=512, noises=2),
 )
 
 
@@ -49,7 +50,7 @@ def flow_phase(pipe: Any, minutes: float, seed: int, tokens: int) -> Phase:
     """The transformer learns the way from noise to the latents of captioned clips.
 
     As in diffusers' flow-matching schedulers, `x_t = (1 - sigma) x + sigma noise` and the model predicts
-    `noise - x`; sigma is logit-normal and shifted (Esser et al., arXiv 2403.03206).
+    `noise - x`; sigma has the density that the scheduler's steps have.
 
     Args:
         pipe: the pipeline on the device to train on, with a trained autoencoder.
@@ -63,12 +64,12 @@ def flow_phase(pipe: Any, minutes: float, seed: int, tokens: int) -> Phase:
 
     def step(number: int, share: float) -> Tensor:
         stage = next(stage for stage in STAGES if share < stage.until)
-        batch_number = number // NOISES
+        batch_number = number // stage.noises
         grid = stage.grids[batch_number % len(stage.grids)]
         latents, texts = encoded(grid, max(1, tokens // math.prod(grid)), seed, batch_number)
         random = noise_generator(latents.device, seed, number)
         noise = torch.randn(latents.shape, generator=random, device=latents.device)
-        sigma = torch.randn(len(latents), generator=random, device=latents.device).sigmoid()
+        sigma = torch.rand(len(latents), generator=random, device=latents.device)
         sigma = FLOW_SHIFT * sigma / (1 + (FLOW_SHIFT - 1) * sigma)
         noisy = torch.lerp(latents, noise, sigma[:, None, None, None, None])
         with torch.autocast(vae.device.type, torch.bfloat16):
@@ -76,7 +77,7 @@ def flow_phase(pipe: Any, minutes: float, seed: int, tokens: int) -> Phase:
             flow = transformer(noisy, 1000 * sigma, embeds, return_dict=False)[0]
         return functional.mse_loss(flow.float(), noise - latents)
 
-    return Phase("flow", minutes, {"transformer": transformer, "text_encoder": pipe.text_encoder}, 1.5e-3, step)
+    return Phase("flow", minutes, {"transformer": transformer, "text_encoder": pipe.text_encoder}, 1e-3, step)
 
 
 def embed(pipe: Any, texts: list[str], length: int) -> Tensor:

@@ -14,7 +14,7 @@ from tqdm import tqdm
 
 from .. import __version__
 
-WARM_UP = 100
+WARM_UP = 300
 """Steps in which the learning rate rises."""
 COOL_DOWN = 0.4
 """Share of the time, in the end, in which it falls to nothing."""
@@ -56,7 +56,7 @@ class Progress:
     losses: list[tuple[int, float]] = field(default_factory=list)
 
 
-def train(phase: Phase, folder: Path, save_every: float = 60.0) -> Progress:
+def train(phase: Phase, folder: Path, save_every: float = 15.0) -> Progress:
     """Trains until the phase's time is over; its modules then hold the moving average of their weights.
 
     Args:

@@ -14,7 +14,7 @@ from .card import write_card
 from .flow import flow_phase
 from .loop import train
 
-FOR_AUTOENCODER = 0.15
+FOR_AUTOENCODER = 0.2
 """Share of the time."""
 MODEL = "model"
 """Folder of the finished pipeline, in the folder of the training."""
