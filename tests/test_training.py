@@ -17,7 +17,7 @@ from torch import nn
 
 import diffusers_draft
 from diffusers_draft.cli import main
-from diffusers_draft.demo.scenes import WORDS, captions
+from diffusers_draft.demo.scenes import WORDS, captions, unknown_words
 from diffusers_draft.training import autoencoder, card, flow, loop
 from diffusers_draft.training.architecture import untrained_pipeline, word_tokenizer
 from diffusers_draft.training.autoencoder import autoencoder_phase, encode, measure_latents, reconstruction_psnr
@@ -268,6 +268,8 @@ def test_the_command_makes_a_pipeline_and_its_card(trained: Path) -> None:
     with Image.open(folder / "samples.png") as sheet:
         assert sheet.size == (4 * 96, 2 * 64)
     assert (folder / "loss.png").exists()
+    prompts = (folder / "prompts.txt").read_text().splitlines()
+    assert len(set(prompts)) == 64 and not any(map(unknown_words, prompts))
     pipe: Any = WanPipeline.from_pretrained(folder)
     assert max(abs(value) for value in pipe.vae.config.latents_mean) > 0
 

@@ -1,4 +1,4 @@
-"""The model card: how the model was trained, its loss, and samples to look at."""
+"""The model card: how the model was trained, its loss, samples to look at, and prompts to go on with."""
 
 import platform
 import subprocess
@@ -17,6 +17,7 @@ from ..demo.scenes import captions
 from .clips import HELD_OUT, scenes
 from .loop import Progress
 
+PROMPTS = 64
 SAMPLES = 8
 SHOWN = 4
 """Frames of each sample."""
@@ -39,8 +40,8 @@ It exists to try draft attention and to measure what it costs. It knows nothing 
 
 ![Samples, {shown} frames each](samples.png)
 
-*{samples} captions that it was not trained on; {frames} frames of {height} x {width} pixels in {steps} steps with
-guidance {guidance:g}.*
+*The first {samples} captions of `prompts.txt`, which it was not trained on; {frames} frames of {height} x {width}
+pixels in {steps} steps with guidance {guidance:g}.*
 
 ## Training
 
@@ -58,7 +59,7 @@ guidance {guidance:g}.*
 
 
 def write_card(folder: Path, pipe: Any, training: Any, learned: dict[str, Progress], psnr: float) -> None:
-    """Writes README.md, samples.png and loss.png beside the pipeline.
+    """Writes README.md, samples.png, loss.png and prompts.txt beside the pipeline.
 
     Args:
         folder: of the pipeline.
@@ -67,8 +68,9 @@ def write_card(folder: Path, pipe: Any, training: Any, learned: dict[str, Progre
         learned: the progress of both phases, by name.
         psnr: of the autoencoder, in dB.
     """
-    prompts = captions(scenes(SAMPLES, HEIGHT, WIDTH, training.seed, HELD_OUT + 100))
-    contact_sheet(pipe, prompts).save(folder / "samples.png")
+    prompts = captions(scenes(PROMPTS, HEIGHT, WIDTH, training.seed, HELD_OUT + 100))
+    (folder / "prompts.txt").write_text("\n".join(prompts) + "\n")
+    contact_sheet(pipe, prompts[:SAMPLES]).save(folder / "samples.png")
     _loss_curves(learned).savefig(folder / "loss.png", dpi=100)
     parts = (pipe.vae, pipe.transformer, pipe.text_encoder)
     facts: dict[str, Any] = {
