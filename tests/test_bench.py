@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from diffusers_draft import kernels
-from diffusers_draft.bench import model
+from diffusers_draft.bench import model, summary
 from diffusers_draft.bench.attention import Case, run_dense, run_draft
 from diffusers_draft.bench.shapes import SHAPES, Shape, random_inputs, structured_inputs
 from diffusers_draft.bench.summary import speed_page, speed_section
@@ -117,6 +117,22 @@ def test_readme_and_the_page_show_the_recorded_results() -> None:
     root = Path(__file__).parents[1]
     assert speed_section() in (root / "README.md").read_text()
     assert (root / "docs" / "speed.md").read_text() == speed_page() + "\n"
+
+
+def test_several_gpus_have_a_table_of_their_own(monkeypatch: pytest.MonkeyPatch) -> None:
+    record = summary._records()["model-wan-14b-768p-compiled"]
+    alone = record["steps"][-1] | {"name": model.ONE_GPU, "step_ms": 5000.0}
+    record["steps"] = [alone, *record["steps"][:-1], record["steps"][-1] | {"step_ms": 2500.0}]
+    record["options"]["ulysses"] = 2
+    record["prediction"] |= {"gpu_speedup": 2.0, "exchange_share": 0.07}
+    monkeypatch.setattr(summary, "_records", lambda: {"model-two": record})
+    section, page = speed_section().splitlines(), speed_page()
+    name = "wan-14b-768p, compiled, sparsity 0.75, 2 x NVIDIA H200"
+    assert section[-1] == f"| {name} | 5000 | 2500, **2.00x** | 7% | 11424 (dense fa4) |"
+    assert section[-4] == "" and section[-5].startswith("|---")  # no step of one GPU
+    assert "compiled, on 2 GPUs, summed" in page
+    assert "one GPU takes 5000 ms: 2 are 2.00x as fast, and 7% of their time are exchanges." in page
+    assert f"| {model.ONE_GPU} |" not in page
 
 
 def test_bench_summary_prints_the_page_and_draws_the_sweep(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -115,6 +115,8 @@ NO_ATTENTION = "no attention"
 """The step whose attention returns its values: what is left of it is everything else."""
 ONE_GPU = "draft on one GPU"
 """The step before the model is split over several."""
+NOT_DENSE = (NO_ATTENTION, ONE_GPU)
+"""Steps that dense attention is not to be judged by."""
 SAME = 2e-2
 """The largest relative error of bfloat16 outputs that are the same."""
 
@@ -337,7 +339,7 @@ def predict(name: str, steps: list[Step], num_steps: int) -> dict[str, float]:
         family = family_of(model.build(**{key: 1 for _, key, _ in model.blocks}))
     assert family is not None, "every model here is of a known family"
     dense_steps = sum(t > family.dense_timestep for t in scheduler.timesteps.tolist())
-    dense = [step for step in steps[:-1] if step.name not in (NO_ATTENTION, ONE_GPU)]
+    dense = [step for step in steps[:-1] if step.name not in NOT_DENSE]
     draft = steps[-1]
     best = min(dense, key=lambda step: step.step_ms)
     sparse_ms = draft.step_ms

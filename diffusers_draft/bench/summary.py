@@ -7,7 +7,7 @@ from typing import Any
 
 from .attention import Row
 from .measure import Time
-from .model import NO_ATTENTION
+from .model import NO_ATTENTION, NOT_DENSE, ONE_GPU
 from .table import plot
 
 SWEEP = "hunyuan-768p-sweep"
@@ -24,8 +24,15 @@ def speed_section() -> str:
         "",
         "| One step of a model | best dense, ms | draft, ms | of it attention | 50 steps, s | memory, GiB |",
         "|---|---|---|---|---|---|",
-        *(_step(record) for record in records.values() if "prediction" in record),
+        *(_step(record) for record in records.values() if "prediction" in record and not _gpus(record)),
     ]
+    if over_gpus := [_over_gpus(record) for record in records.values() if _gpus(record)]:
+        lines += [
+            "",
+            "| One step, all sparse | one GPU, ms | several, ms | of it exchanges | best dense on as many, ms |",
+            "|---|---|---|---|---|",
+            *over_gpus,
+        ]
     return "\n".join(lines)
 
 
@@ -81,12 +88,40 @@ def _shape(record: dict[str, Any]) -> list[str]:
     return lines
 
 
-def _step(record: dict[str, Any]) -> str:
-    prediction, draft = record["prediction"], record["steps"][-1]
-    rest = next(step["step_ms"] for step in record["steps"] if step["name"] == NO_ATTENTION)
-    dense = min((step for step in record["steps"][:-1] if step["name"] != NO_ATTENTION), key=lambda s: s["step_ms"])
+def _gpus(record: dict[str, Any]) -> int:
+    """Over how many GPUs a step was split; 0 for one."""
+    return record.get("options", {}).get("ulysses", 0)
+
+
+def _best_dense_step(record: dict[str, Any]) -> dict[str, Any]:
+    return min((step for step in record["steps"][:-1] if step["name"] not in NOT_DENSE), key=lambda s: s["step_ms"])
+
+
+def _step_name(record: dict[str, Any]) -> str:
+    return f"{record['model']}, {_compiled(record)}, sparsity {record['steps'][-1]['name'].removeprefix('draft ')}"
+
+
+def _alone(record: dict[str, Any]) -> float:
+    return next(step["step_ms"] for step in record["steps"] if step["name"] == ONE_GPU)
+
+
+def _over_gpus(record: dict[str, Any]) -> str:
+    prediction, draft, dense = record["prediction"], record["steps"][-1], _best_dense_step(record)
     cells = [
-        f"{record['model']}, {_compiled(record)}, sparsity {draft['name'].removeprefix('draft ')}",
+        f"{_step_name(record)}, {_gpus(record)} x {record['environment']['device']}",
+        f"{_alone(record):.0f}",
+        f"{draft['step_ms']:.0f}, **{prediction['gpu_speedup']:.2f}x**",
+        f"{prediction['exchange_share']:.0%}",
+        f"{dense['step_ms']:.0f} ({dense['name']})",
+    ]
+    return f"| {' | '.join(cells)} |"
+
+
+def _step(record: dict[str, Any]) -> str:
+    prediction, draft, dense = record["prediction"], record["steps"][-1], _best_dense_step(record)
+    rest = next(step["step_ms"] for step in record["steps"] if step["name"] == NO_ATTENTION)
+    cells = [
+        _step_name(record),
         f"{dense['step_ms']:.0f} ({dense['name']})",
         f"{prediction['sparse_step_ms']:.0f}, **{prediction['step_speedup']:.2f}x**",
         f"{1 - rest / dense['step_ms']:.0%} dense, {1 - rest / draft['step_ms']:.0%} draft",
@@ -138,7 +173,7 @@ def _model(record: dict[str, Any]) -> str:
     rest = next(step["step_ms"] for step in record["steps"] if step["name"] == NO_ATTENTION)
     lines = [
         f"**{record['model']}**: one forward of the transformer at its real width with random weights, "
-        f"{_compiled(record)}, summed from measured blocks.",
+        f"{_compiled(record)}{f', on {_gpus(record)} GPUs' if _gpus(record) else ''}, summed from measured blocks.",
         "",
         "| attention | ms | of it attention | memory beyond weights, GiB |",
         "|---|---|---|---|",
@@ -146,6 +181,7 @@ def _model(record: dict[str, Any]) -> str:
     lines += [
         f"| {step['name']} | {step['step_ms']:.0f} | {1 - rest / step['step_ms']:.0%} | {step['memory_gib']:.2f} |"
         for step in record["steps"]
+        if step["name"] != ONE_GPU
     ]
     run = (
         f"With the family's dense layers a sparse step takes {prediction['sparse_step_ms']:.0f} ms, "
@@ -153,6 +189,12 @@ def _model(record: dict[str, Any]) -> str:
         f"{prediction['dense_steps']} of them dense, is predicted to take {prediction['draft_s']:.0f} s instead of "
         f"{prediction['dense_s']:.0f} s ({prediction['run_speedup']:.2f}x)."
     )
+    if _gpus(record):
+        run = (
+            f"With all layers sparse one GPU takes {_alone(record):.0f} ms: {_gpus(record)} are "
+            f"{prediction['gpu_speedup']:.2f}x as fast, and {prediction['exchange_share']:.0%} of their time are "
+            f"exchanges. {run}"
+        )
     return "\n".join([*lines, "", run, "", _source(record)])
 
 
