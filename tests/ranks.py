@@ -23,7 +23,8 @@ from models import TINY, Grid, build
 from torch import Tensor
 
 from diffusers_draft import enable_draft_attention, plain
-from diffusers_draft.bench import model as bench_model
+from diffusers_draft.bench import models as bench_models
+from diffusers_draft.bench import step as bench_step
 from diffusers_draft.bench.shapes import Shape
 from diffusers_draft.cli import main
 from diffusers_draft.parallel import enable_parallelism
@@ -222,27 +223,27 @@ def half_split() -> tuple[Outcome, str]:
     return (together, [], str(handle.report())), message
 
 
-def bench(spoiled: bool) -> tuple[list[bench_model.Step], dict[str, float]]:
+def bench(spoiled: bool) -> tuple[list[bench_step.Step], dict[str, float]]:
     """The bench of a tiny Wan; spoiled, the exchange gives other heads than it should."""
     sizes = dict(num_attention_heads=4, attention_head_dim=16, ffn_dim=32, in_channels=4, out_channels=4, freq_dim=16)
-    tiny = bench_model.Model(
+    tiny = bench_models.Model(
         "tiny",
         (("blocks", "num_layers", 5),),
         lambda **layers: WanTransformer3DModel(**sizes, **layers),
-        bench_model._wan_inputs(4),
-        bench_model._flow_scheduler(3.0),
+        bench_models._wan_inputs(4),
+        bench_models._flow_scheduler(3.0),
         1,
         0.8,
     )
     back = Exchange.to_tokens
     with (
-        mock.patch.dict(bench_model.MODELS, {"tiny": tiny}),
-        mock.patch.dict(bench_model.SHAPES, {"tiny": Shape((4, 13, 17), 4, 16)}),
+        mock.patch.dict(bench_models.MODELS, {"tiny": tiny}),
+        mock.patch.dict(bench_step.SHAPES, {"tiny": Shape((4, 13, 17), 4, 16)}),
         mock.patch.object(Exchange, "to_tokens", lambda self, out: back(self, out.flip(2) if spoiled else out)),
     ):
         options: dict[str, Any] = dict(sparsity=None, budget="head", backend="torch", compiled=False, seconds=0.01)
-        steps = list(bench_model.run("tiny", device=torch.device("cpu"), split=split, **options))
-        return steps, bench_model.predict("tiny", steps, 10)
+        steps = list(bench_step.run("tiny", device=torch.device("cpu"), split=split, **options))
+        return steps, bench_step.predict("tiny", steps, 10)
 
 
 def command(rank: int, size: int, store: Path, *arguments: str) -> tuple[int, str, str]:

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from diffusers_draft import kernels
-from diffusers_draft.bench import model, summary
+from diffusers_draft.bench import models, step, summary
 from diffusers_draft.bench.attention import Case, run_dense, run_draft
 from diffusers_draft.bench.shapes import SHAPES, Shape, random_inputs, structured_inputs
 from diffusers_draft.bench.summary import speed_page, speed_section
@@ -96,15 +96,15 @@ def test_bench_model_needs_a_gpu(capsys: pytest.CaptureFixture[str]) -> None:
     assert "needs a CUDA GPU" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("name", model.MODELS)
+@pytest.mark.parametrize("name", models.MODELS)
 def test_models_are_of_their_real_size_and_the_run_adds_up(name: str) -> None:
-    entry = model.MODELS[name]
+    entry = models.MODELS[name]
     assert entry.shape in SHAPES
     costs = {path: 1.0 for path, _, _ in entry.blocks}
-    dense = model.Step("dense", False, {path: 4.0 for path in costs}, 2.0, 4.0 * 50, {}, 0.0)
-    draft = model.Step("draft", False, costs, 2.0, 1.0 * 50, {}, 0.0)
-    nothing = model.Step(model.NO_ATTENTION, False, dict.fromkeys(costs, 0.0), 2.0, 2.0, {}, 0.0)
-    prediction = model.predict(name, [dense, nothing, draft], 50)
+    dense = step.Step("dense", False, {path: 4.0 for path in costs}, 2.0, 4.0 * 50, {}, 0.0)
+    draft = step.Step("draft", False, costs, 2.0, 1.0 * 50, {}, 0.0)
+    nothing = step.Step(step.NO_ATTENTION, False, dict.fromkeys(costs, 0.0), 2.0, 2.0, {}, 0.0)
+    prediction = step.predict(name, [dense, nothing, draft], 50)
     sparse = 50 + 3.0 * (2 if "hunyuan" in name else 1)
     assert prediction["sparse_step_ms"] == sparse
     dense_steps = prediction["dense_steps"]
@@ -121,7 +121,7 @@ def test_readme_and_the_page_show_the_recorded_results() -> None:
 
 def test_several_gpus_have_a_table_of_their_own(monkeypatch: pytest.MonkeyPatch) -> None:
     record = summary._records()["model-wan-14b-768p-compiled"]
-    alone = record["steps"][-1] | {"name": model.ONE_GPU, "step_ms": 5000.0}
+    alone = record["steps"][-1] | {"name": step.ONE_GPU, "step_ms": 5000.0}
     record["steps"] = [alone, *record["steps"][:-1], record["steps"][-1] | {"step_ms": 2500.0}]
     record["options"]["ulysses"] = 2
     record["prediction"] |= {"gpu_speedup": 2.0, "exchange_share": 0.07}
@@ -132,7 +132,7 @@ def test_several_gpus_have_a_table_of_their_own(monkeypatch: pytest.MonkeyPatch)
     assert section[-4] == "" and section[-5].startswith("|---")  # no step of one GPU
     assert "compiled, on 2 GPUs, summed" in page
     assert "one GPU takes 5000 ms: 2 are 2.00x as fast, and 7% of their time are exchanges." in page
-    assert f"| {model.ONE_GPU} |" not in page
+    assert f"| {step.ONE_GPU} |" not in page
 
 
 def test_bench_summary_prints_the_page_and_draws_the_sweep(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

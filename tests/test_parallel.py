@@ -11,7 +11,7 @@ from launch import Pool, pool
 from models import FLOAT32_ERROR, RAGGED, TINY, Grid, error
 from ranks import SPARSE, Outcome, outcome
 
-from diffusers_draft.bench.model import NO_ATTENTION, ONE_GPU
+from diffusers_draft.bench.step import NO_ATTENTION, ONE_GPU
 from diffusers_draft.families import families
 from diffusers_draft.parallel import enable_parallelism
 

@@ -7,7 +7,7 @@ from typing import Any
 
 from .attention import Row
 from .measure import Time
-from .model import NO_ATTENTION, NOT_DENSE, ONE_GPU
+from .step import NO_ATTENTION, NOT_DENSE, ONE_GPU
 from .table import plot
 
 SWEEP = "hunyuan-768p-sweep"

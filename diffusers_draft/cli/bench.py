@@ -8,10 +8,10 @@ from pathlib import Path
 import torch
 
 from .. import kernels
-from ..bench import model
+from ..bench import step as one_step
 from ..bench.attention import Case, run_dense, run_draft
 from ..bench.measure import environment
-from ..bench.model import MODELS
+from ..bench.models import MODELS
 from ..bench.shapes import SHAPES, Shape, random_inputs, structured_inputs
 from ..bench.summary import plot_sweep, speed_page, speed_section
 from ..bench.table import format_table, plot
@@ -117,11 +117,11 @@ def _run_model(args: argparse.Namespace, ranks: Ranks) -> None:
     options = {"sparsity": args.sparsity, "budget": args.budget, "backend": args.backend, "compiled": args.compile}
     split = ranks.split if ranks.size > 1 else None
     steps = []
-    for step in model.run(args.model, device=device, seconds=args.seconds, split=split, **options):
+    for step in one_step.run(args.model, device=device, seconds=args.seconds, split=split, **options):
         steps.append(step)
         blocks = ", ".join(f"{path} {cost:.2f}" for path, cost in step.block_ms.items())
         print(f"{step.name:20s} step {step.step_ms:9.1f} ms   blocks: {blocks} ms   memory {step.memory_gib:.2f} GiB")
-    prediction = model.predict(args.model, steps, args.steps)
+    prediction = one_step.predict(args.model, steps, args.steps)
     print(
         f"a sparse step is {prediction['step_speedup']:.2f}x the best dense one; {args.steps} steps, "
         f"{prediction['dense_steps']} of them dense: {prediction['draft_s']:.0f} s instead of "
