@@ -2,7 +2,6 @@
 
 import contextlib
 import functools
-import inspect
 import warnings
 import weakref
 from typing import Any
@@ -13,7 +12,7 @@ from torch import nn
 from .attention import check_backend
 from .config import DraftConfig
 from .dispatch import State, attention_call
-from .families import Family
+from .families import Family, inputs_of
 from .layers import PatchedLayers
 from .schedule import Schedule
 from .splitting import originals_of, share
@@ -54,7 +53,6 @@ class Attachment:
         self.replaced_calls = 0
         self.last_sparse: tuple[int, int, int] | None = None
         self._last_step: tuple[int, int] | None = None
-        self._parameters = tuple(inspect.signature(type(transformer).forward).parameters)[1:]
         self.layers: PatchedLayers | None = None
         self._hook: Any = None
 
@@ -95,7 +93,7 @@ class Attachment:
     @torch.compiler.disable
     def __call__(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """The forward pre-hook: learns the grid and the lengths, decides dense or sparse, and counts."""
-        inputs = dict(zip(self._parameters, args, strict=False)) | kwargs
+        inputs = inputs_of(module, args, kwargs)
         video = self.family.video(inputs, module.config)
         self.state.geometry = torch.tensor([*video.grid, video.prefix])
         share(self.state, module, self.family, self.processors, inputs, video)

@@ -2,7 +2,6 @@
 
 import contextlib
 import functools
-import inspect
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -12,7 +11,7 @@ from torch import Tensor, nn
 
 from .api import check_not_running, known_transformers, layer_paths
 from .attach import attachment_of
-from .families import Family, Split
+from .families import Family, Split, parameter_names
 from .layers import attention_module
 from .splitting import Splitting, splitting_of
 from .ulysses import check_config, context_parallel
@@ -148,8 +147,8 @@ def _prepare_for_compile(transformer: nn.Module) -> None:
         registry = getattr(module, "_diffusers_hook", None)
         for hook in registry.hooks.values() if registry else ():
             if isinstance(hook, ContextParallelSplitHook):
-                names = list(inspect.signature(type(module).forward).parameters)[1:]
-                hook.module_forward_metadata.cached_parameter_indices = {name: at for at, name in enumerate(names)}
+                at = {name: index for index, name in enumerate(parameter_names(type(module).forward))}
+                hook.module_forward_metadata.cached_parameter_indices = at
                 hook._prepare_cp_input = functools.partial(_share, hook._prepare_cp_input)
 
 

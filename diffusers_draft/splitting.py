@@ -2,7 +2,6 @@
 
 import copy
 import functools
-import inspect
 import math
 from typing import Any
 
@@ -11,7 +10,7 @@ from torch import nn
 
 from .config import DraftConfig
 from .dispatch import State, attention_call
-from .families import Family, Inputs, VideoTokens
+from .families import Family, Inputs, VideoTokens, inputs_of
 from .layers import PatchedLayers, attention_module, processors_of
 from .shadow import DraftProcessor
 from .ulysses import check_config, check_tokens, context_parallel
@@ -27,7 +26,6 @@ class Splitting:
     def __init__(self, transformer: nn.Module, family: Family, paths: tuple[str, ...]) -> None:
         self.family = family
         self.state = State()
-        self._parameters = tuple(inspect.signature(type(transformer).forward).parameters)[1:]
         dispatch = functools.partial(attention_call, self.state, DraftConfig())
         self.layers = PatchedLayers(transformer, processors_of(transformer, paths), self.state, family, dispatch)
         self.layers.put()
@@ -36,7 +34,7 @@ class Splitting:
     @torch.compiler.disable
     def __call__(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """Checks that the ranks can share this forward's tokens, before anything is computed."""
-        inputs = dict(zip(self._parameters, args, strict=False)) | kwargs
+        inputs = inputs_of(module, args, kwargs)
         video = self.family.video(inputs, module.config)
         share(self.state, module, self.family, {}, inputs, video)
         present = self.layers.present().items()

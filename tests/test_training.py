@@ -85,14 +85,14 @@ def test_a_checkpoint_is_whole_or_not_there(tmp_path: Path, seconds: None, monke
     train(line_phase(40), tmp_path)
     before = (tmp_path / "line.pt").read_bytes()
 
-    def half(content: Any, path: Path) -> None:
-        path.write_bytes(b"half")
+    def full(_: int) -> None:  # `fsync`, when all is written but for the disk
         raise OSError("No space left on device")
 
-    monkeypatch.setattr(loop.torch, "save", half)
+    monkeypatch.setattr("os.fsync", full)
     with pytest.raises(OSError, match="No space left"):
         train(line_phase(80), tmp_path)
     assert (tmp_path / "line.pt").read_bytes() == before
+    assert [path.name for path in tmp_path.iterdir()] == ["line.pt"]
 
 
 def test_errors(tmp_path: Path, seconds: None, monkeypatch: pytest.MonkeyPatch) -> None:

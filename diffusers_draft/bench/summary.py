@@ -101,15 +101,15 @@ def _step_name(record: dict[str, Any]) -> str:
     return f"{record['model']}, {_compiled(record)}, sparsity {record['steps'][-1]['name'].removeprefix('draft ')}"
 
 
-def _alone(record: dict[str, Any]) -> float:
-    return next(step["step_ms"] for step in record["steps"] if step["name"] == ONE_GPU)
+def _ms(record: dict[str, Any], name: str) -> float:
+    return next(step["step_ms"] for step in record["steps"] if step["name"] == name)
 
 
 def _over_gpus(record: dict[str, Any]) -> str:
     prediction, draft, dense = record["prediction"], record["steps"][-1], _best_dense_step(record)
     cells = [
         f"{_step_name(record)}, {_gpus(record)} x {record['environment']['device']}",
-        f"{_alone(record):.0f}",
+        f"{_ms(record, ONE_GPU):.0f}",
         f"{draft['step_ms']:.0f}, **{prediction['gpu_speedup']:.2f}x**",
         f"{prediction['exchange_share']:.0%}",
         f"{dense['step_ms']:.0f} ({dense['name']})",
@@ -119,7 +119,7 @@ def _over_gpus(record: dict[str, Any]) -> str:
 
 def _step(record: dict[str, Any]) -> str:
     prediction, draft, dense = record["prediction"], record["steps"][-1], _best_dense_step(record)
-    rest = next(step["step_ms"] for step in record["steps"] if step["name"] == NO_ATTENTION)
+    rest = _ms(record, NO_ATTENTION)
     cells = [
         _step_name(record),
         f"{dense['step_ms']:.0f} ({dense['name']})",
@@ -170,7 +170,7 @@ def _attention(record: dict[str, Any]) -> str:
 
 def _model(record: dict[str, Any]) -> str:
     prediction = record["prediction"]
-    rest = next(step["step_ms"] for step in record["steps"] if step["name"] == NO_ATTENTION)
+    rest = _ms(record, NO_ATTENTION)
     lines = [
         f"**{record['model']}**: one forward of the transformer at its real width with random weights, "
         f"{_compiled(record)}{f', on {_gpus(record)} GPUs' if _gpus(record) else ''}, summed from measured blocks.",
@@ -191,7 +191,7 @@ def _model(record: dict[str, Any]) -> str:
     )
     if _gpus(record):
         run = (
-            f"With all layers sparse one GPU takes {_alone(record):.0f} ms: {_gpus(record)} are "
+            f"With all layers sparse one GPU takes {_ms(record, ONE_GPU):.0f} ms: {_gpus(record)} are "
             f"{prediction['gpu_speedup']:.2f}x as fast, and {prediction['exchange_share']:.0%} of their time are "
             f"exchanges. {run}"
         )

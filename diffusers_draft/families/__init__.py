@@ -1,6 +1,8 @@
 """The transformers that draft attention knows: one file of data for each family, one table for all."""
 
+import functools
 import importlib
+import inspect
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -12,6 +14,17 @@ from ..layout import Grid
 
 Inputs = dict[str, Any]
 """Arguments of one transformer forward, by name."""
+
+
+@functools.cache
+def parameter_names(forward: Callable[..., Any]) -> tuple[str, ...]:
+    """Names of the arguments that the `forward` of a module's class takes, without `self`."""
+    return tuple(inspect.signature(forward).parameters)[1:]
+
+
+def inputs_of(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Inputs:
+    """What a forward pre-hook gets, by name."""
+    return dict(zip(parameter_names(type(module).forward), args, strict=False)) | kwargs
 
 
 @dataclass(frozen=True, kw_only=True)

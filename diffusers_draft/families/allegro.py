@@ -1,6 +1,6 @@
 """Allegro: video tokens alone."""
 
-from . import Family
+from . import Family, splits
 from .latents import channels_first
 
 ALLEGRO = Family(
@@ -11,6 +11,6 @@ ALLEGRO = Family(
     video=channels_first,
     dense_layers=("transformer_blocks.0.attn1",),
     dense_steps=0.25,
-    split="its attention processors take no parallel config, so that they cannot be told of a split",
+    split=splits.NO_PARALLEL_CONFIG,
     text="cross-attention",
 )

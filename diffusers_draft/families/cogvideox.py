@@ -3,7 +3,7 @@
 import dataclasses
 from typing import Any
 
-from . import Family, Inputs, VideoTokens
+from . import Family, Inputs, VideoTokens, splits
 from .latents import frames_first
 
 
@@ -25,7 +25,7 @@ COGVIDEOX = Family(
     video=video,
     dense_layers=("transformer_blocks.0.attn1",),
     dense_steps=0.25,
-    split="its attention processors take no parallel config, so that they cannot be told of a split",
+    split=splits.NO_PARALLEL_CONFIG,
     text="joint, in front",
     notes="fuse its projections before enabling: `fuse_qkv_projections` replaces every processor",
 )

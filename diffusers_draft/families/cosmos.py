@@ -2,10 +2,8 @@
 
 from typing import Any
 
-from . import Family, Inputs, VideoTokens
+from . import Family, Inputs, VideoTokens, splits
 from .latents import channels_first, patched
-
-NO_SPLIT = "its attention processors take no parallel config, so that they cannot be told of a split"
 
 
 def controlled(inputs: Inputs, config: Any) -> VideoTokens:
@@ -29,7 +27,7 @@ COSMOS = Family(
     dense_layers=("transformer_blocks.0.attn1",),
     dense_steps=0.25,
     scheduler_units=False,
-    split=NO_SPLIT,
+    split=splits.NO_PARALLEL_CONFIG,
     text="cross-attention",
 )
 
@@ -42,7 +40,7 @@ COSMOS_CONTROL = Family(
     dense_layers=("control_blocks.0.attn1",),
     dense_steps=0.25,
     scheduler_units=False,
-    split=NO_SPLIT,
+    split=splits.NO_PARALLEL_CONFIG,
     text="cross-attention",
     notes="a component of its own beside the transformer",
 )

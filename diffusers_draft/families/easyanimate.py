@@ -2,7 +2,7 @@
 
 from typing import Any
 
-from . import Family, Inputs, VideoTokens
+from . import Family, Inputs, VideoTokens, splits
 from .latents import channels_first
 
 
@@ -21,6 +21,6 @@ EASYANIMATE = Family(
     video=video,
     dense_layers=("transformer_blocks.0.attn1",),
     dense_steps=0.25,
-    split="its attention processors take no parallel config, so that they cannot be told of a split",
+    split=splits.NO_PARALLEL_CONFIG,
     text="joint, in front",
 )

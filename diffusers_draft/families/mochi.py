@@ -5,7 +5,7 @@ from typing import Any
 
 import torch
 
-from . import Family, Inputs, VideoTokens
+from . import Family, Inputs, VideoTokens, splits
 from .latents import channels_first
 from .processors.mochi import attend_to_valid_text
 
@@ -27,7 +27,7 @@ MOCHI = Family(
     video=video,
     dense_layers=("transformer_blocks.0.attn1",),
     dense_steps=0.25,
-    split="its attention processors take no parallel config, so that they cannot be told of a split",
+    split=splits.NO_PARALLEL_CONFIG,
     text="joint, behind the video, padding left out",
     notes="sparse layers do not loop over samples; timesteps rise, so use `dense_steps`",
 )

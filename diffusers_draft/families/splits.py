@@ -89,6 +89,8 @@ def _check_ltx2(config: Any) -> None:
         )
 
 
+NO_PARALLEL_CONFIG = "its attention processors take no parallel config, so that they cannot be told of a split"
+"""Why a family cannot be split."""
 WAN = Split(plan=_wan)
 WAN_VACE = Split(plan=_wan_vace)
 SKYREELS_V2 = Split(plan=_skyreels)

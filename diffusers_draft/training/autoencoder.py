@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
+from ..demo.run import psnr
 from .clips import HELD_OUT, clips
 from .loop import Phase
 
@@ -36,8 +37,8 @@ def autoencoder_phase(vae: Any, minutes: float, seed: int, pixels: int) -> Phase
             latents = vae.encode(video).latent_dist
             again = vae.decode(latents.sample()).sample
         error = functional.l1_loss(again.float(), video) + functional.mse_loss(again.float(), video)
-        size = 0.5 * (latents.mean.float().square() + latents.var.float() - 1 - latents.logvar.float()).mean()
-        return error + KL_WEIGHT * size
+        distance = 0.5 * (latents.mean.float().square() + latents.var.float() - 1 - latents.logvar.float()).mean()
+        return error + KL_WEIGHT * distance
 
     return Phase("autoencoder", minutes, {"vae": vae.train()}, 2e-3, step)
 
@@ -70,4 +71,4 @@ def reconstruction_psnr(vae: Any, seed: int) -> float:
     batch, size = JUDGED
     video, _ = clips(vae.device, batch, size, seed, HELD_OUT)
     again = vae.decode(vae.encode(video).latent_dist.mode()).sample
-    return 10 * math.log10(4 / functional.mse_loss(again, video).item())  # values from -1 to 1
+    return psnr((again + 1) / 2, (video + 1) / 2)

@@ -1,19 +1,17 @@
 """The model card: how the model was trained, its loss, samples to look at, and prompts to go on with."""
 
-import platform
 import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
-import diffusers
 import numpy as np
-import torch
 from matplotlib.figure import Figure
 from PIL import Image
 
 from .. import __version__
+from ..bench.measure import environment
 from ..demo.scenes import captions
+from ..generation.run import call_arguments, run
 from .clips import HELD_OUT, scenes
 from .loop import Progress
 
@@ -86,13 +84,9 @@ def write_card(folder: Path, pipe: Any, training: Any, learned: dict[str, Progre
         "seed": training.seed,
         "tokens": training.tokens,
         "psnr": psnr,
-        "device": torch.cuda.get_device_name() if torch.cuda.is_available() else platform.machine(),
         "version": __version__,
         "commit": _commit(),
-        "torch": torch.__version__,
-        "diffusers": diffusers.__version__,
-        "python": platform.python_version(),
-        "command": " ".join(["diffusers-draft", *sys.argv[1:]]),
+        **environment(pipe.device),
     }
     for name, progress in learned.items():
         facts |= {f"{name}_steps": progress.steps, f"{name}_minutes": progress.seconds / 60}
@@ -104,19 +98,20 @@ def contact_sheet(pipe: Any, prompts: list[str]) -> Image.Image:
     pipe.set_progress_bar_config(leave=False)
     rows = []
     for number, prompt in enumerate(prompts):
-        frames = pipe(
-            prompt,
+        arguments = call_arguments(
+            pipe,
+            prompt=prompt,
+            seed=number,
             num_frames=FRAMES,
             height=HEIGHT,
             width=WIDTH,
             num_inference_steps=STEPS,
             guidance_scale=GUIDANCE,
-            generator=torch.Generator().manual_seed(number),
-            output_type="np",
-        ).frames[0]
+        )
+        frames = run(pipe, arguments).frames
         shown = frames[np.linspace(0, len(frames) - 1, SHOWN).round().astype(int)]
         rows.append(np.concatenate(list(shown), axis=1))
-    return Image.fromarray((np.concatenate(rows) * 255).round().astype(np.uint8))
+    return Image.fromarray(np.concatenate(rows))
 
 
 def _loss_curves(learned: dict[str, Progress]) -> Figure:

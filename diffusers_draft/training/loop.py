@@ -1,6 +1,6 @@
 """A training phase that lasts so many minutes, can be stopped at any time and goes on where it was."""
 
-import os
+import io
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from .. import __version__
+from ..evaluation.store import whole_or_not
 
 WARM_UP = 300
 """Steps in which the learning rate rises."""
@@ -124,9 +125,9 @@ class _Checkpoint:
 
     def save(self) -> None:
         self.path.parent.mkdir(parents=True, exist_ok=True)
-        unfinished = self.path.with_suffix(".unfinished")
-        torch.save({"version": __version__, "progress": vars(self.progress), **self._states()}, unfinished)
-        os.replace(unfinished, self.path)
+        content = io.BytesIO()  # a full disk is an OSError only for Python's own files
+        torch.save({"version": __version__, "progress": vars(self.progress), **self._states()}, content)
+        whole_or_not(self.path, lambda file: file.write(content.getbuffer()))
 
     def load(self, device: torch.device) -> None:
         if not self.path.exists():
