@@ -29,8 +29,9 @@ from diffusers_draft.evaluation import Setting, Store, Study, grid, parse_settin
 from diffusers_draft.evaluation.metrics import fidelity, fidelity_metrics, flicker
 from diffusers_draft.evaluation.results import read_results
 from diffusers_draft.evaluation.statistics import Estimate, estimate
-from diffusers_draft.evaluation.store import key, whole_or_not
+from diffusers_draft.evaluation.store import key
 from diffusers_draft.evaluation.table import as_csv, as_text, table
+from diffusers_draft.generation.files import whole_or_not
 
 SIZE = ["--height", "96", "--width", "160", "--frames", "5", "--steps", "3"]
 """2 x 6 x 10 tokens: with tiles of 4 x 8 three full blocks and a rest."""

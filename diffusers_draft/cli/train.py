@@ -30,7 +30,7 @@ def run(args: argparse.Namespace) -> None:
     Raises:
         CommandError: if something cannot be written, or an option is wrong.
     """
-    check_packages("train", "matplotlib", "transformers", "tqdm", "ftfy")
+    check_packages("train", "matplotlib", "torchmetrics", "transformers", "tqdm", "ftfy")
     if args.minutes <= 0 or args.tokens < 1 or args.pixels < 1:
         raise CommandError("--minutes, --tokens and --pixels must be above 0")
     from ..training.run import Training

@@ -7,10 +7,11 @@ from pathlib import Path
 import torch
 
 from ..bench.measure import environment
+from ..generation.files import whole_or_not
 from . import vbench
 from .picture import draw
 from .statistics import Estimate
-from .store import Json, whole_or_not
+from .store import Json
 from .study import Study
 from .table import as_csv, table
 

@@ -2,14 +2,13 @@
 
 import hashlib
 import json
-import os
 import re
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from ..generation.files import whole_or_not
 from .settings import Setting
 
 Json = dict[str, Any]
@@ -91,25 +90,3 @@ def key(prompt: str, seed: int, setting: Setting | None) -> str:
     """A file name for a result: the same for the same prompt, seed and options, whatever their order."""
     what = json.dumps([prompt, seed, setting.options if setting else None], sort_keys=True)
     return hashlib.sha256(what.encode()).hexdigest()[:16]
-
-
-def whole_or_not(path: Path, write: Callable[[Any], object]) -> None:
-    """Writes a file that a crash cannot leave half written.
-
-    Args:
-        path: the file.
-        write: gets it, open for bytes.
-
-    Raises:
-        OSError: if it cannot be written; then a file that was there before is still there.
-    """
-    part = path.with_name(f".{path.name}.part")
-    try:
-        with part.open("wb") as file:
-            write(file)
-            file.flush()
-            os.fsync(file.fileno())
-        part.replace(path)
-    except OSError as error:
-        part.unlink(missing_ok=True)
-        raise OSError(f"{path} could not be written: {error.strerror or error}") from error

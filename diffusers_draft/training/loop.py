@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from .. import __version__
-from ..evaluation.store import whole_or_not
+from ..generation.files import whole_or_not
 
 WARM_UP = 300
 """Steps in which the learning rate rises."""
