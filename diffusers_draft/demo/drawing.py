@@ -13,6 +13,8 @@ LIGHT = (-0.6, -0.8)
 """Where the light comes from, in the plane of the frame."""
 SHADOW = 5.0
 """How far a shadow falls, in pixels."""
+PERIODS = 1.3
+"""Of a shape's texture, in one radius."""
 
 
 def draw(scenes: Scenes, frames: int, height: int, width: int) -> Tensor:
@@ -31,11 +33,11 @@ def draw(scenes: Scenes, frames: int, height: int, width: int) -> Tensor:
     palette = _palette(world.x.device)
     ground = _look_up(palette[scenes.pattern_colour] * scenes.brightness[:, -1:])
     picture = ground * (0.55 + 0.45 * _background(scenes, world))[:, None]
+    shapes = _shapes(scenes, world)
+    colours = _look_up(palette[scenes.colour] * scenes.brightness[:, :-1, None])
     for place in range(scenes.present.shape[1]):
-        shape = _shape(scenes, world, place)
-        colour = _look_up(palette[scenes.colour[:, place]] * scenes.brightness[:, place, None])
-        picture = picture * (1 - 0.45 * shape.shadow)[:, None]
-        picture = torch.lerp(picture, colour * shape.tone[:, None], shape.cover[:, None])
+        cover, shadow, tone = (layer[:, place, None] for layer in (shapes.cover, shapes.shadow, shapes.tone))
+        picture = torch.lerp(picture * (1 - 0.45 * shadow), colours[:, place] * tone, cover)
     return picture.clamp(0, 1) * 2 - 1
 
 
@@ -50,8 +52,8 @@ class _World:
 
 
 @dataclass(frozen=True)
-class _Shape:
-    """One shape of every clip, `(B, F, H, W)` each: how much of a pixel it covers and shades, and its brightness."""
+class _Shapes:
+    """`(B, K, F, H, W)` each: how much of a pixel every shape covers and shades, and its brightness."""
 
     cover: Tensor
     shadow: Tensor
@@ -86,23 +88,22 @@ def _background(scenes: Scenes, world: _World) -> Tensor:
         "dots": _wave(u) + _wave(v) - 0.9,
         "waves": _wave(u + 0.25 * _wave(v)),
     }
-    pattern = torch.stack([_threshold(values[name], edge) for name in PATTERNS if name != "sky"])
-    sky = (0.5 - world.y / (8 * size)).clamp(0, 1)
-    return _choose(torch.cat([pattern, sky[None]]), scenes.pattern)
+    tones = {name: _threshold(value, edge) for name, value in values.items()}
+    tones["sky"] = (0.5 - world.y / (4 * size)).clamp(0, 1)
+    return _choose([tones[name] for name in PATTERNS], scenes.pattern)
 
 
-def _shape(scenes: Scenes, world: _World, place: int) -> _Shape:
-    radius = _look_up(scenes.radius[:, place])
-    x, y, turn = _motion(scenes, world.time, place)
-    x, y = (world.x - x) / radius, (world.y - y) / radius
-    pixels = radius * world.zoom
+def _shapes(scenes: Scenes, world: _World) -> _Shapes:
+    radius = _look_up(scenes.radius)
+    x, y, turn = _motion(scenes, world.time)
+    x, y = (world.x[:, None] - x) / radius, (world.y[:, None] - y) / radius
+    pixels = radius * world.zoom[:, None]
 
     def turned(x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
         return x * turn.cos() + y * turn.sin(), y * turn.cos() - x * turn.sin()
 
     def cover(x: Tensor, y: Tensor, softness: float) -> tuple[Tensor, Tensor]:
-        distances = torch.stack([_DISTANCES[name](*turned(x, y)) for name in SHAPES])
-        distance = _choose(distances, scenes.shape[:, place])
+        distance = _choose([_DISTANCES[name](*turned(x, y)) for name in SHAPES], scenes.shape)
         return distance, (0.5 - distance * pixels / softness).clamp(0, 1)
 
     distance, covered = cover(x, y, 1)
@@ -110,33 +111,31 @@ def _shape(scenes: Scenes, world: _World, place: int) -> _Shape:
     _, shadow = cover(x + LIGHT[0] * away, y + LIGHT[1] * away, 5)
     lit = 1.0 + 0.22 * (x * LIGHT[0] + y * LIGHT[1])
     outline = (0.5 + (distance + 0.1) * pixels / 1.5).clamp(0, 1)
-    texture = _texture(*turned(x, y), pixels, scenes.texture[:, place])
-    tone = lit * (1 - 0.5 * outline) * (0.6 + 0.4 * texture)
-    there = _look_up(scenes.present[:, place])
-    return _Shape(covered * there, shadow * there, tone)
+    tone = lit * (1 - 0.5 * outline) * (0.6 + 0.4 * _texture(*turned(x, y), pixels, scenes.texture))
+    there = _look_up(scenes.present)
+    return _Shapes(covered * there, shadow * there, tone)
 
 
-def _motion(scenes: Scenes, time: Tensor, place: int) -> tuple[Tensor, Tensor, Tensor]:
-    """`(B, F, 1, 1)` each: x, y and the angle."""
+def _motion(scenes: Scenes, time: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """`(B, K, F, 1, 1)` each: x, y and the angle."""
     device = time.device
-    motion, speed = scenes.motion[:, place], scenes.speed[:, place, None]
     across, down = _towards(MOTIONS, "left", "right", device), _towards(MOTIONS, "up", "down", device)
     bounces, spins = _towards(MOTIONS, "", "bouncing", device), _towards(MOTIONS, "", "spinning", device)
-    way = speed * time  # (B, F)
-    bounce = torch.sin(math.pi * (way / 30 + scenes.phase[:, place, None])).abs()
-    x = scenes.position[:, place, :1] + across[motion][:, None] * way
-    y = scenes.position[:, place, 1:] + down[motion][:, None] * way - bounces[motion][:, None] * 22 * bounce
-    turn = scenes.angle[:, place, None] + spins[motion][:, None] * way / 20
+    way = scenes.speed[..., None] * time  # (B, K, F)
+    jump = 22 * torch.sin(math.pi * (way / 30 + scenes.phase[..., None])).abs()
+    x = scenes.position[..., :1] + across[scenes.motion][..., None] * way
+    y = scenes.position[..., 1:] + down[scenes.motion][..., None] * way - bounces[scenes.motion][..., None] * jump
+    turn = scenes.angle[..., None] + spins[scenes.motion][..., None] * way / 20
     return x[..., None, None], y[..., None, None], turn[..., None, None]
 
 
 def _texture(x: Tensor, y: Tensor, pixels: Tensor, index: Tensor) -> Tensor:
-    """`(B, F, H, W)` in [0, 1] for coordinates in radii."""
-    u, v = 1.6 * x, 1.6 * y
-    edge = pixels / (1.6 * math.pi)
+    """`(B, K, F, H, W)` in [0, 1] for coordinates in radii."""
+    u, v = PERIODS * x, PERIODS * y
+    edge = pixels / (PERIODS * math.pi)
     values = {"plain": torch.ones_like(u), "striped": _wave(u), "checkered": _wave(u) * _wave(v)}
     values["dotted"] = 0.9 - _wave(u + 0.25) - _wave(v + 0.25)
-    return _choose(torch.stack([_threshold(values[name], edge) for name in TEXTURES]), index)
+    return _choose([_threshold(values[name], edge) for name in TEXTURES], index)
 
 
 def _star(x: Tensor, y: Tensor) -> Tensor:
@@ -186,9 +185,13 @@ def _towards(names: tuple[str, ...], negative: str, positive: str, device: torch
     return torch.tensor([float(word == positive) - float(word == negative) for word in words], device=device)
 
 
-def _choose(options: Tensor, index: Tensor) -> Tensor:
-    """From `(N, B, F, H, W)`, for every clip the option of its index."""
-    return options[index, torch.arange(len(index), device=index.device)]
+def _choose(options: list[Tensor], index: Tensor) -> Tensor:
+    """For every clip or shape, the option of its index; all are computed, which compiles into one kernel."""
+    index = index[..., None, None, None]
+    chosen = options[0]
+    for number, option in enumerate(options[1:], start=1):
+        chosen = torch.where(index == number, option, chosen)
+    return chosen
 
 
 def _look_up(values: Tensor) -> Tensor:

@@ -19,7 +19,7 @@ COLOURS = {
     "grey": (0.50, 0.50, 0.52),
 }
 """Red, green and blue in [0, 1]."""
-SIZES = {"small": (14.0, 20.0), "big": (30.0, 42.0)}
+SIZES = {"small": (22.0, 30.0), "big": (40.0, 54.0)}
 """The least and the greatest radius, in pixels at any resolution."""
 SHAPES = ("circle", "square", "triangle", "star", "ring", "cross")
 TEXTURES = ("plain", "striped", "dotted", "checkered")
@@ -40,7 +40,7 @@ WORDS = tuple(
 class Scenes:
     """What a batch of B clips shows.
 
-    Shapes have K places, as many as fit into the frame; later ones lie on top. All indices are int64 and all other
+    There are K places for shapes, `MOST_SHAPES` of them; later ones lie on top. All indices are int64 and all other
     numbers float32. Lengths are in pixels from the middle of the frame, to the right and down; times are in frames
     from the middle of the clip.
 
@@ -107,19 +107,19 @@ def sample_scenes(batch: int, height: int, width: int, generator: torch.Generato
     def uniform(low: float, high: float, *size: int) -> Tensor:
         return low + (high - low) * torch.rand(batch, *size, generator=generator)
 
-    places = _most_shapes(height, width)
+    places = MOST_SHAPES
     pattern_colour, colour = choose(COLOURS), choose(COLOURS, places)
     # No shape has the colour of the background.
     colour = torch.where(colour == pattern_colour[:, None], (colour + 1) % len(COLOURS), colour)
-    count = torch.randint(1, places + 1, (batch, 1), generator=generator)
+    count = torch.randint(1, _fitting(height, width) + 1, (batch, 1), generator=generator)
     count = torch.where(uniform(0, 1, 1) < 0.5, 1, count)
     size = choose(SIZES, places)
     low, high = torch.tensor(list(SIZES.values())).unbind(1)
     return Scenes(
         pattern=choose(PATTERNS),
         pattern_colour=pattern_colour,
-        pattern_size=uniform(18, 36),
-        pattern_angle=uniform(0, torch.pi),
+        pattern_size=uniform(40, 64),
+        pattern_angle=torch.randint(4, (batch,), generator=generator) * (torch.pi / 4),
         camera=choose(CAMERAS),
         camera_speed=uniform(1, 2.5),
         present=torch.arange(places) < count,
@@ -129,7 +129,7 @@ def sample_scenes(batch: int, height: int, width: int, generator: torch.Generato
         texture=choose(TEXTURES, places),
         motion=choose(MOTIONS, places),
         radius=low[size] + (high - low)[size] * uniform(0, 1, places),
-        position=uniform(-0.36, 0.36, places, 2) * torch.tensor([width, height]),
+        position=uniform(-0.32, 0.32, places, 2) * torch.tensor([width, height]),
         angle=uniform(-0.35, 0.35, places),
         speed=uniform(1.5, 3.0, places),
         phase=uniform(0, 1, places),
@@ -166,6 +166,6 @@ def unknown_words(caption: str) -> list[str]:
     return [word for word in caption.replace(",", " ").split() if word not in WORDS]
 
 
-def _most_shapes(height: int, width: int) -> int:
-    """In a frame this large; a big one needs about 90 x 90 pixels."""
-    return max(1, min(MOST_SHAPES, round(height * width / 90**2)))
+def _fitting(height: int, width: int) -> int:
+    """How many shapes a frame this large has room for."""
+    return max(1, min(MOST_SHAPES, round(height * width / 128**2)))

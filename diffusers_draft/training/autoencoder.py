@@ -13,7 +13,7 @@ from .loop import Phase
 
 KL_WEIGHT = 1e-4
 """Of the distance to the normal distribution, for each number of the latents: keeps their size, costs no detail."""
-SIZES = ((9, 64, 64), (17, 96, 128), (9, 128, 96))
+SIZES = ((9, 96, 96), (17, 96, 128), (9, 128, 96))
 """Frames, heights and widths of the clips, in turn. The decoder looks two latent frames back, several times over: on
 fewer frames part of its weights would never be trained, and later frames of a longer clip would fall apart."""
 JUDGED = (4, (17, 96, 192))

@@ -17,6 +17,10 @@ from .loop import Phase
 
 WITHOUT_CAPTION = 0.1
 """Share of the clips that are learned without a caption, for classifier-free guidance."""
+USES = 8
+"""Steps that a clip serves on average, each with other noise: drawing and encoding it costs as much as a step."""
+WINDOW = 16
+"""Batches of clips of one grid, the newest ones, that a step chooses its clips from."""
 
 
 @dataclass(frozen=True)
@@ -29,21 +33,24 @@ class Stage:
             attention meet ragged edges too.
         text: tokens that captions are padded to with zeros, at most the pipeline's 512; none of the model's own sizes,
             which `torch.compile` would take for the same thing.
-        noises: steps in a row that learn from the same clips, with other noise: drawing and encoding small clips costs
-            as much as a step.
     """
 
     until: float
     grids: tuple[Grid, ...]
     text: int
-    noises: int
 
 
 STAGES = (
-    Stage(0.45, ((5, 12, 16), (5, 16, 12), (5, 13, 15)), text=72, noises=4),
-    Stage(0.7, ((7, 16, 28), (7, 28, 16), (9, 19, 21)), text=512, noises=4),
-    Stage(1.0, ((9, 24, 48), (9, 48, 24), (9, 30, 37), (11, 21, 44)), text=512, noises=2),
+    Stage(0.2, ((1, 16, 16), (1, 12, 20), (1, 20, 12)), text=72),
+    Stage(0.3, ((1, 24, 48), (1, 48, 24), (1, 30, 37)), text=72),
+    Stage(0.5, ((5, 16, 16), (5, 12, 20), (5, 20, 12)), text=72),
+    Stage(0.7, ((7, 16, 28), (7, 28, 16), (9, 19, 21)), text=512),
+    Stage(1.0, ((9, 24, 48), (9, 48, 24), (9, 30, 37), (11, 21, 44)), text=512),
 )
+"""Pictures first: they teach shapes, colours and words for a tenth of what a clip costs."""
+
+LONGEST = 48
+"""Tokens that the longest caption fits into."""
 
 
 def flow_phase(pipe: Any, minutes: float, seed: int, tokens: int) -> Phase:
@@ -60,40 +67,51 @@ def flow_phase(pipe: Any, minutes: float, seed: int, tokens: int) -> Phase:
     """
     transformer, vae = pipe.transformer.train(), pipe.vae.eval()
     pipe.text_encoder.train()
-    encoded = functools.lru_cache(maxsize=1)(functools.partial(_encoded, pipe))
+    kept = WINDOW * max(len(stage.grids) for stage in STAGES)
+    encoded = functools.lru_cache(maxsize=kept)(functools.partial(_encoded, pipe))
 
     def step(number: int, share: float) -> Tensor:
         stage = next(stage for stage in STAGES if share < stage.until)
-        batch_number = number // stage.noises
-        grid = stage.grids[batch_number % len(stage.grids)]
-        latents, texts = encoded(grid, max(1, tokens // math.prod(grid)), seed, batch_number)
-        random = noise_generator(latents.device, seed, number)
+        turn, place = divmod(number, len(stage.grids))
+        grid = stage.grids[place]
+        batch = max(1, tokens // math.prod(grid))
+        newest = turn // USES
+        made = [len(stage.grids) * old + place for old in range(max(0, newest - WINDOW + 1), newest + 1)]
+        window = [encoded(grid, batch, seed, old) for old in made]
+        random = noise_generator(vae.device, seed, number)
+        chosen = torch.randint(batch * len(window), (batch,), generator=random, device=vae.device)
+        latents, ids, mask = (torch.cat(parts)[chosen] for parts in zip(*window, strict=True))
         noise = torch.randn(latents.shape, generator=random, device=latents.device)
         sigma = torch.rand(len(latents), generator=random, device=latents.device)
         sigma = FLOW_SHIFT * sigma / (1 + (FLOW_SHIFT - 1) * sigma)
         noisy = torch.lerp(latents, noise, sigma[:, None, None, None, None])
         with torch.autocast(vae.device.type, torch.bfloat16):
-            embeds = embed(pipe, texts, stage.text)
+            embeds = embed(pipe, ids, mask, stage.text)
             flow = transformer(noisy, 1000 * sigma, embeds, return_dict=False)[0]
         return functional.mse_loss(flow.float(), noise - latents)
 
     return Phase("flow", minutes, {"transformer": transformer, "text_encoder": pipe.text_encoder}, 1e-3, step)
 
 
-def embed(pipe: Any, texts: list[str], length: int) -> Tensor:
-    """`(B, length, D)` as `WanPipeline` makes it: zeros where a caption has no token."""
-    tokens = pipe.tokenizer(texts, padding=True, return_tensors="pt").to(pipe.text_encoder.device)
-    hidden = pipe.text_encoder(tokens.input_ids, tokens.attention_mask).last_hidden_state
-    hidden = hidden * tokens.attention_mask[..., None]
+def tokenized(pipe: Any, texts: list[str]) -> tuple[Tensor, Tensor]:
+    """Token numbers and their mask, `(B, LONGEST)` each, on the pipeline's device."""
+    tokens = pipe.tokenizer(texts, padding="max_length", max_length=LONGEST, return_tensors="pt")
+    return tokens.input_ids.to(pipe.device), tokens.attention_mask.to(pipe.device)
+
+
+def embed(pipe: Any, ids: Tensor, mask: Tensor, length: int) -> Tensor:
+    """`(B, length, D)` as `WanPipeline` makes it from `tokenized` texts: zeros where a caption has no token."""
+    hidden = pipe.text_encoder(ids, mask).last_hidden_state * mask[..., None]
     return functional.pad(hidden, (0, 0, 0, length - hidden.shape[1]))
 
 
 @torch.no_grad()
-def _encoded(pipe: Any, grid: Grid, batch: int, seed: int, number: int) -> tuple[Tensor, list[str]]:
-    """Latents `(B, C, T, Y, X)` of clips, and their captions, some of them empty."""
+def _encoded(pipe: Any, grid: Grid, batch: int, seed: int, number: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Latents `(B, C, T, Y, X)` of clips, and their captions tokenized, some of them empty."""
     patch = pipe.transformer.config.patch_size
     frames = 1 + pipe.vae_scale_factor_temporal * (grid[0] - 1)
     height, width = (pipe.vae_scale_factor_spatial * patch[1] * size for size in grid[1:])
     video, texts = clips(pipe.vae.device, batch, (frames, height, width), seed, number)
     every = round(1 / WITHOUT_CAPTION)
-    return encode(pipe.vae, video), ["" if (number + at) % every == 0 else text for at, text in enumerate(texts)]
+    texts = ["" if (number + at) % every == 0 else text for at, text in enumerate(texts)]
+    return encode(pipe.vae, video), *tokenized(pipe, texts)

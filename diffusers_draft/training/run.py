@@ -56,6 +56,7 @@ def run(training: Training, folder: Path) -> Path:
     pipe.to(where)
     if where.type == "cuda":
         torch.set_float32_matmul_precision("high")
+        torch.backends.cudnn.benchmark = True  # of the autoencoder's convolutions there are few sizes
         pipe.transformer.compile_repeated_blocks(dynamic=True)  # grids and captions change
     minutes = training.minutes * FOR_AUTOENCODER
     learned = {"autoencoder": train(autoencoder_phase(pipe.vae, minutes, training.seed, training.pixels), folder)}
