@@ -19,7 +19,6 @@ from diffusers_draft.cli import main
 from diffusers_draft.demo.capture import QueryKey, captured
 from diffusers_draft.demo.model import demo_inputs, demo_pipeline
 from diffusers_draft.demo.pictures import draft_picture, side_by_side
-from diffusers_draft.demo.run import generate, psnr, ssim
 
 TINY = ["--steps", "2", "--frames", "5", "--height", "32", "--width", "64"]
 """3 x 8 x 16 tokens: three blocks."""
@@ -54,7 +53,7 @@ def test_demo_prints_the_report_and_both_times(demo):
     assert "layers    5 sparse, 1 dense" in out
     # round(0.5 * 9) of nine pairs are four.
     assert "density   0.444 (layers from 0.444 to 0.444)" in out
-    assert re.search(r"Denoising on one CPU thread: \d+\.\d s dense, \d+\.\d s with draft attention: \d+\.\dx\.", out)
+    assert re.search(r"Denoising: \d+\.\d s dense, \d+\.\d s with draft attention: \d+\.\dx\.", out)
     assert re.search(r"The two videos: PSNR \d+\.\d dB, SSIM [01]\.\d{3}", out)
     assert str(folder) in out
     assert "dense: 100%" in err and "draft attention: 100%" in err
@@ -83,7 +82,7 @@ def test_sparsity_0_gives_the_dense_video(tmp_path, capsys):
     main(["demo", *TINY, "--sparsity", "0", "--output", str(tmp_path)])
     out = capsys.readouterr().out
     assert "density   1.000" in out
-    assert float(re.search(r"PSNR (\S+) dB", out)[1]) > 90 and "SSIM 1.000" in out
+    assert float(re.search(r"PSNR (\S+) dB", out)[1]) > 70 and "SSIM 1.000" in out
 
 
 @pytest.mark.parametrize(
@@ -189,31 +188,9 @@ def test_capture_refuses_a_patched_layer(pipe):
         pass
 
 
-def test_runs_on_one_thread_and_restores_the_rest(pipe, inputs):
-    before, seen = torch.get_num_threads(), []
-    hook = pipe.transformer.register_forward_pre_hook(lambda *_: seen.append(torch.get_num_threads()))
-    generate(pipe, inputs, 2, "dense")
-    hook.remove()
-    assert seen == [1, 1]
-    assert torch.get_num_threads() == before
-
-
-def test_psnr():
-    video = torch.zeros(2, 3, 4, 4)
-    assert psnr(video, video) == float("inf")
-    assert psnr(video, video + 0.1) == pytest.approx(20, abs=1e-4)
-
-
-def test_ssim():
-    video = torch.rand(2, 3, 16, 16, generator=torch.Generator().manual_seed(0))
-    assert ssim(video, video) == pytest.approx(1)
-    # The constants of the measure alone, where both are even: 2 a b + c over a^2 + b^2 + c, with c = 0.01^2.
-    even, other = torch.full((2, 3, 16, 16), 0.2), torch.full((2, 3, 16, 16), 0.6)
-    assert ssim(even, other) == pytest.approx((0.24 + 1e-4) / (0.4 + 1e-4), abs=1e-4)
-
-
 def test_side_by_side_puts_videos_in_order_under_a_caption():
-    black, white = torch.zeros(2, 3, 16, 32), torch.ones(2, 3, 16, 32)
+    black = np.zeros((2, 16, 32, 3), np.uint8)
+    white = black + np.uint8(255)
     pairs = side_by_side((black, white), ("black", "white"))
     assert [pair.size for pair in pairs] == [(128, 56)] * 2
     pixels = np.asarray(pairs[0])[24:]
@@ -226,7 +203,7 @@ def test_draft_picture_of_any_grid(grid):
     frames, rows, columns = grid
     generator = torch.Generator().manual_seed(0)
     query, key = torch.randn(2, 1, frames * rows * columns, 2, 16, generator=generator)
-    video = torch.rand(2 * frames - 1, 3, rows * 4, columns * 4, generator=generator)
+    video = np.random.default_rng(0).integers(0, 256, (2 * frames - 1, rows * 4, columns * 4, 3), np.uint8)
     before = query.clone(), key.clone()
     picture = draft_picture(QueryKey(query, key), grid, video, DraftConfig(sparsity=0.5), head=1)
     assert picture.mode == "RGB" and picture.width == 1000

@@ -19,8 +19,8 @@ def add_parser(subparsers: argparse._SubParsersAction) -> None:
     parser = subparsers.add_parser(
         "demo",
         help="generate a small video dense and with draft attention",
-        description="Generates a small video on one CPU thread, dense and with draft attention from the same seed, "
-        f"with random weights and without downloads. Writes {VIDEO}, {GIF} and {PICTURE}.",
+        description="Generates a small video on the CPU, dense and with draft attention from the same seed, with "
+        f"random weights and without downloads. Writes {VIDEO}, {GIF} and {PICTURE}.",
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )
     parser.add_argument("--sparsity", type=float, default=0.9, help="share of the video block pairs to skip")
@@ -43,7 +43,9 @@ def run(args: argparse.Namespace) -> None:
     try:
         from ..demo import model, pictures
         from ..demo.capture import captured
-        from ..demo.run import generate, psnr, ssim
+        from ..evaluation.metrics import fidelity, fidelity_metrics
+        from ..generation.run import Clip
+        from ..generation.run import run as generate
         from ..generation.video import check_writable, write_video
     except ImportError as error:
         raise CommandError(f"{error}. Install what the demo needs: pip install 'diffusers-draft[demo]'") from error
@@ -52,27 +54,32 @@ def run(args: argparse.Namespace) -> None:
 
     pipe = model.demo_pipeline()
     inputs = model.demo_inputs(pipe, args.frames, args.height, args.width, seed=args.seed)
+
+    def clip(label: str) -> Clip:
+        pipe.set_progress_bar_config(desc=f"{label:>15}", unit="step")
+        return generate(pipe, inputs | {"num_inference_steps": args.steps})
+
     with captured(pipe.transformer.blocks[1].attn1) as tensors:
-        dense = generate(pipe, inputs, args.steps, "dense")
+        dense = clip("dense")
     with enable_draft_attention(pipe, config=config) as handle:
-        draft = generate(pipe, inputs, args.steps, "draft attention")
+        draft = clip("draft attention")
         report = handle.report()
 
-    speedup = dense.seconds / draft.seconds
-    likeness = f"PSNR {psnr(dense.video, draft.video):.1f} dB, SSIM {ssim(dense.video, draft.video):.3f}"
-    print(report)
-    times = f"{dense.seconds:.1f} s dense, {draft.seconds:.1f} s with draft attention: {speedup:.1f}x"
-    print(f"Denoising on one CPU thread: {times}.")
-    print(f"The two videos: {likeness} (the weights are random: not a measure of quality).")
-
+    times = [made.denoising_seconds for made in (dense, draft)]
+    alike = fidelity(draft.frames, dense.frames, fidelity_metrics())
     grid, density = report.transformers[0].grid, report.transformers[0].density
     assert grid is not None and density is not None  # it has just run
-    captions = (f"dense, {dense.seconds:.1f} s", f"draft attention, density {density:.2f}, {draft.seconds:.1f} s")
-    pairs = pictures.side_by_side((dense.video, draft.video), captions)
+    print(report)
+    print(f"Denoising: {times[0]:.1f} s dense, {times[1]:.1f} s with draft attention: {times[0] / times[1]:.1f}x.")
+    likeness = f"PSNR {alike['psnr']:.1f} dB, SSIM {alike['ssim']:.3f}"
+    print(f"The two videos: {likeness} (the weights are random: not a measure of quality).")
+
+    captions = (f"dense, {times[0]:.1f} s", f"draft attention, density {density:.2f}, {times[1]:.1f} s")
+    pairs = pictures.side_by_side((dense.frames, draft.frames), captions)
     with one_line(OSError):
         write_video(np.stack([np.asarray(pair) for pair in pairs]), args.output / VIDEO, FPS)
         pairs[0].save(args.output / GIF, save_all=True, append_images=pairs[1:], duration=1000 // FPS, loop=0)
-        pictures.draft_picture(tensors, grid, dense.video, config).save(args.output / PICTURE)
+        pictures.draft_picture(tensors, grid, dense.frames, config).save(args.output / PICTURE)
     print(f"Wrote {VIDEO}, {GIF} and {PICTURE} in {args.output}.")
 
 

@@ -3,6 +3,7 @@
 import io
 from collections.abc import Sequence
 
+import numpy as np
 import torch
 from matplotlib.axes import Axes
 from matplotlib.collections import LineCollection
@@ -20,18 +21,18 @@ from .capture import QueryKey
 QUERY_COLOUR = "#ff2d2d"
 
 
-def side_by_side(videos: Sequence[Tensor], captions: Sequence[str], *, scale: int = 2) -> list[Image.Image]:
+def side_by_side(videos: Sequence[np.ndarray], captions: Sequence[str], *, scale: int = 2) -> list[Image.Image]:
     """Puts videos next to each other, each under its caption.
 
     Args:
-        videos: `(F, 3, H, W)` with values in [0, 1], all of one shape.
+        videos: `(F, H, W, 3)` uint8, all of one shape.
         captions: one for each video.
         scale: factor on height and width.
 
     Returns:
         One RGB image for each frame, as wide as the videos together and 24 pixels higher.
     """
-    height, width = (scale * size for size in videos[0].shape[2:])
+    height, width = (scale * size for size in videos[0].shape[1:3])
     font = ImageFont.load_default(14)
     pairs = []
     for frames in zip(*videos, strict=True):
@@ -39,20 +40,21 @@ def side_by_side(videos: Sequence[Tensor], captions: Sequence[str], *, scale: in
         draw = ImageDraw.Draw(pair)
         for column, (frame, caption) in enumerate(zip(frames, captions, strict=True)):
             draw.text((column * width + 6, 3), caption, fill="black", font=font)
-            pair.paste(_to_image(frame).resize((width, height), Image.Resampling.BICUBIC), (column * width, 24))
+            picture = Image.fromarray(frame).resize((width, height), Image.Resampling.BICUBIC)
+            pair.paste(picture, (column * width, 24))
         pairs.append(pair)
     return pairs
 
 
 def draft_picture(
-    tensors: QueryKey, grid: Grid, video: Tensor, config: DraftConfig, *, head: int = 0, block: int | None = None
+    tensors: QueryKey, grid: Grid, video: np.ndarray, config: DraftConfig, *, head: int = 0, block: int | None = None
 ) -> Image.Image:
     """Draws what one head keeps: for one query block over the frames around it, and for all in the draft map.
 
     Args:
         tensors: queries and keys of one layer, of video tokens alone.
         grid: `(T, Y, X)` tokens of the video.
-        video: `(F, 3, H, W)` with values in [0, 1], to draw the blocks on.
+        video: `(F, H, W, 3)` uint8, to draw the blocks on.
         config: sparsity, tile and budget.
         head: which head.
         block: which query block; by default one in the middle of the video.
@@ -94,7 +96,7 @@ def draft_picture(
     return Image.open(file).convert("RGB")
 
 
-def _draw_frames(figure: SubFigure, labels: Tensor, video: Tensor, kept: Tensor, block: int) -> None:
+def _draw_frames(figure: SubFigure, labels: Tensor, video: np.ndarray, kept: Tensor, block: int) -> None:
     """Three latent frames around the query block, each under the blocks it is cut into; kept ones stay bright."""
     frames = len(labels)
     middle = int((labels == block).flatten(1).sum(1).argmax())
@@ -107,7 +109,7 @@ def _draw_frames(figure: SubFigure, labels: Tensor, video: Tensor, kept: Tensor,
     )
     for axes, frame in zip(figure.subplots(1, len(shown), squeeze=False).flat, shown, strict=True):
         step = (len(video) - 1) / max(frames - 1, 1)
-        picture = video[round(frame * step)].permute(1, 2, 0).cpu()
+        picture = torch.from_numpy(video[round(frame * step)]) / 255
         rows, columns = labels.shape[1:]
         bright = kept[labels[frame]].repeat_interleave(len(picture) // rows, 0)
         bright = bright.repeat_interleave(picture.shape[1] // columns, 1)
@@ -132,8 +134,3 @@ def _draw_map(axes: Axes, draft: Tensor, title: str) -> None:
     shown = axes.imshow(draft.numpy(), norm=LogNorm(vmin=max(float(draft.max()) * 1e-3, 1e-12)), cmap="viridis")
     axes.figure.colorbar(shown, ax=axes, shrink=0.8)
     axes.set_title(title, fontsize="medium")
-
-
-def _to_image(frame: Tensor) -> Image.Image:
-    """`(3, H, W)` in [0, 1] to an RGB image."""
-    return Image.fromarray((frame.clamp(0, 1) * 255).round().byte().permute(1, 2, 0).cpu().numpy())

@@ -6,8 +6,8 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.nn import functional
+from torchmetrics.functional.image import peak_signal_noise_ratio
 
-from ..demo.run import psnr
 from .clips import HELD_OUT, clips
 from .loop import Phase
 
@@ -71,4 +71,4 @@ def reconstruction_psnr(vae: Any, seed: int) -> float:
     batch, size = JUDGED
     video, _ = clips(vae.device, batch, size, seed, HELD_OUT)
     again = vae.decode(vae.encode(video).latent_dist.mode()).sample
-    return psnr((again + 1) / 2, (video + 1) / 2)
+    return peak_signal_noise_ratio((again + 1) / 2, (video + 1) / 2, data_range=1.0).item()
