@@ -32,7 +32,7 @@ class Stage:
         grids: `(T, Y, X)` tokens of the clips, in turn; rows and columns differ between them so that blocks of draft
             attention meet ragged edges too.
         text: tokens that captions are padded to with zeros, at most the pipeline's 512; none of the model's own sizes,
-            which `torch.compile` would take for the same thing.
+            which `torch.compile` would take for the same thing; for the same reason the first grid is no square.
     """
 
     until: float
@@ -41,7 +41,7 @@ class Stage:
 
 
 STAGES = (
-    Stage(0.2, ((1, 16, 16), (1, 12, 20), (1, 20, 12)), text=72),
+    Stage(0.2, ((1, 12, 20), (1, 20, 12), (1, 16, 16)), text=72),
     Stage(0.3, ((1, 24, 48), (1, 48, 24), (1, 30, 37)), text=72),
     Stage(0.5, ((5, 16, 16), (5, 12, 20), (5, 20, 12)), text=72),
     Stage(0.7, ((7, 16, 28), (7, 28, 16), (9, 19, 21)), text=512),
