@@ -140,6 +140,25 @@ def test_table_is_that_of_the_clips(done):
     assert json.loads(json.dumps([plain(row) for row in again])) == record["rows"]
 
 
+def test_the_table_comes_back_from_the_file(done, tmp_path, capsys):
+    output, record = done
+    assert main(["table", str(output / "results.json"), str(output / "results.json")]) == 0
+    blocks = capsys.readouterr().out.split(f"{output / 'results.json'}\n")
+    assert blocks[0] == "" and blocks[1] == blocks[2]
+    for line, row in zip(blocks[1].splitlines()[1:], record["rows"], strict=True):
+        assert line.startswith(f"{row['setting']} ")
+        assert row["setting"] == "dense" or f" {row['psnr']['mean']:.4g} ±" in line
+
+
+@pytest.mark.parametrize("content", ["", "[]", "{}", '{"clips": [{}], "attention": []}', None])
+def test_a_file_that_is_no_study_is_one_line(content, tmp_path, capsys):
+    file = tmp_path / "other.json"
+    if content is not None:
+        file.write_text(content)
+    line = fails(["table", str(file)], capsys)
+    assert str(file) in line and ("is not a results.json" in line or "No such file" in line)
+
+
 def plain(row):
     return {name: dataclasses.asdict(v) if isinstance(v, Estimate) else v for name, v in row.items()}
 

@@ -17,6 +17,7 @@ SUBCOMMANDS = {
     "demo": "demo",
     "generate": "generate",
     "eval": "evaluate",
+    "table": "table",
     "train": "train",
     "bench": "bench",
     "models": "models",
