@@ -1,4 +1,4 @@
-"""Trains the transformer and the text encoder by flow matching, on grids that grow."""
+"""Trains the transformer and the text encoder by flow matching, on pictures and then on clips that grow."""
 
 import functools
 import math
