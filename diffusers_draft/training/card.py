@@ -48,7 +48,7 @@ pixels in {steps} steps with guidance {guidance:g}.*
   {psnr:.1f} dB.
 - Transformer and text encoder: {flow_steps:,} steps in {flow_minutes:.1f} minutes of flow matching, about
   {tokens:,} tokens a step, first on pictures, then on clips of grids that grow up to 9 x 24 x 48 tokens; a tenth
-  of them without a caption. AdamW, moving average of the weights.
+  of them without a caption. Muon and AdamW, moving average of the weights.
 - Device: {device}; diffusers-draft {version}{commit}, torch {torch}, diffusers {diffusers}, Python {python}.
 - Command: `{command}`
 

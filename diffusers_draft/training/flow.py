@@ -90,7 +90,9 @@ def flow_phase(pipe: Any, minutes: float, seed: int, tokens: int) -> Phase:
             flow = transformer(noisy, 1000 * sigma, embeds, return_dict=False)[0]
         return functional.mse_loss(flow.float(), noise - latents)
 
-    return Phase("flow", minutes, {"transformer": transformer, "text_encoder": pipe.text_encoder}, 1e-3, step)
+    modules = {"transformer": transformer, "text_encoder": pipe.text_encoder}
+    matrices = [parameter for parameter in pipe.transformer.blocks.parameters() if parameter.dim() == 2]
+    return Phase("flow", minutes, modules, 2e-3, step, matrices)
 
 
 def tokenized(pipe: Any, texts: list[str]) -> tuple[Tensor, Tensor]:

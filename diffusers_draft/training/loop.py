@@ -1,8 +1,9 @@
 """A training phase that lasts so many minutes, can be stopped at any time and goes on where it was."""
 
 import io
+import itertools
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -32,6 +33,7 @@ class Phase:
         minutes: how long it lasts, over all times that it is resumed.
         modules: what is trained, by name.
         learning_rate: the highest.
+        matrices: those of the parameters that Muon trains; AdamW trains the others.
         step: computes the loss of a step, from the step's number and the share of the time that has passed.
     """
 
@@ -40,6 +42,7 @@ class Phase:
     modules: dict[str, nn.Module]
     learning_rate: float
     step: Callable[[int, float], Tensor]
+    matrices: Sequence[nn.Parameter] = ()
 
 
 @dataclass
@@ -70,23 +73,24 @@ def train(phase: Phase, folder: Path, save_every: float = 15.0) -> Progress:
         OSError: if a checkpoint cannot be written.
     """
     parameters = [parameter for module in phase.modules.values() for parameter in module.parameters()]
-    optimizer = torch.optim.AdamW(parameters, betas=(0.9, 0.95), weight_decay=0.01, fused=True)
+    optimizers = _optimizers(parameters, phase.matrices)
     average = EMAModel(parameters, decay=0.999, use_ema_warmup=True, inv_gamma=10.0, power=0.75, foreach=True)
     progress = Progress()
-    checkpoint = _Checkpoint(folder / f"{phase.name}.pt", phase, optimizer, average, progress)
+    checkpoint = _Checkpoint(folder / f"{phase.name}.pt", phase, optimizers, average, progress)
     checkpoint.load(parameters[0].device)
     with tqdm(total=round(60 * phase.minutes), initial=round(progress.seconds), unit="s", desc=phase.name) as bar:
         recent: list[Tensor] = []
         last = saved = time.perf_counter()
         while (share := progress.seconds / (60 * phase.minutes)) < 1:
             rate = min(1.0, (progress.steps + 1) / WARM_UP, (1 - share) / COOL_DOWN)
-            for group in optimizer.param_groups:
+            for group in itertools.chain.from_iterable(optimizer.param_groups for optimizer in optimizers):
                 group["lr"] = phase.learning_rate * rate
             loss = phase.step(progress.steps, share)
             loss.backward()
             nn.utils.clip_grad_norm_(parameters, 1.0)
-            optimizer.step()
-            optimizer.zero_grad(set_to_none=True)
+            for optimizer in optimizers:
+                optimizer.step()
+                optimizer.zero_grad(set_to_none=True)
             average.step(parameters)
             progress.steps += 1
             recent.append(loss.detach())
@@ -106,6 +110,17 @@ def train(phase: Phase, folder: Path, save_every: float = 15.0) -> Progress:
     return progress
 
 
+def _optimizers(parameters: Sequence[nn.Parameter], matrices: Sequence[nn.Parameter]) -> list[torch.optim.Optimizer]:
+    ours = {id(matrix) for matrix in matrices}
+    others = [parameter for parameter in parameters if id(parameter) not in ours]
+    optimizers: list[torch.optim.Optimizer] = [
+        torch.optim.AdamW(others, betas=(0.9, 0.95), weight_decay=0.01, fused=True)
+    ]
+    if matrices:
+        optimizers.append(torch.optim.Muon(matrices, weight_decay=0.01, adjust_lr_fn="match_rms_adamw"))
+    return optimizers
+
+
 def _mean(losses: list[Tensor], name: str, steps: int) -> float:
     mean = torch.stack(losses).mean().item()
     if not mean < float("inf"):
@@ -119,7 +134,7 @@ class _Checkpoint:
 
     path: Path
     phase: Phase
-    optimizer: torch.optim.Optimizer
+    optimizers: Sequence[torch.optim.Optimizer]
     average: EMAModel
     progress: Progress
 
@@ -140,10 +155,12 @@ class _Checkpoint:
         vars(self.progress).update(content.pop("progress"))
         for name, module in self.phase.modules.items():
             module.load_state_dict(content[name])
-        self.optimizer.load_state_dict(content["optimizer"])
+        for optimizer, state in zip(self.optimizers, content["optimizers"], strict=True):
+            optimizer.load_state_dict(state)
         self.average.load_state_dict(content["average"])
         self.average.to(device)
 
     def _states(self) -> dict[str, Any]:
         modules = {name: module.state_dict() for name, module in self.phase.modules.items()}
-        return modules | {"optimizer": self.optimizer.state_dict(), "average": self.average.state_dict()}
+        optimizers = [optimizer.state_dict() for optimizer in self.optimizers]
+        return modules | {"optimizers": optimizers, "average": self.average.state_dict()}
