@@ -47,7 +47,7 @@ STAGES = (
     Stage(0.7, ((7, 16, 28), (7, 28, 16), (9, 19, 21)), text=512),
     Stage(1.0, ((9, 24, 48), (9, 48, 24), (9, 30, 37), (11, 21, 44)), text=512),
 )
-"""Pictures first: they teach shapes, colours and words for a tenth of what a clip costs."""
+"""Pictures first: they teach shapes, colours and words with a fifth of the tokens of the shortest clip."""
 
 LONGEST = 48
 """Tokens that the longest caption fits into."""
