@@ -243,6 +243,7 @@ def test_stages_fill_the_time_and_grow_to_ten_thousand_tokens_of_several_shapes(
     grids = STAGES[-1].grids
     assert (9, 24, 48) in grids and any(rows > columns for _, rows, columns in grids)
     assert any(rows % 8 and columns % 16 for _, rows, columns in grids)
+    assert not any(rows % 2 or columns % 2 for stage in STAGES for _, rows, columns in stage.grids)
     longest = max(len(word_tokenizer()(text).input_ids) for text in captions(scenes(500, 192, 384, 0, 0)))
     assert longest <= LONGEST <= min(stage.text for stage in STAGES)
 

@@ -30,7 +30,7 @@ class Stage:
     Attributes:
         until: the share of the time that has passed when it ends.
         grids: `(T, Y, X)` tokens of the clips, in turn; rows and columns differ between them so that blocks of draft
-            attention meet ragged edges too.
+            attention meet ragged edges too; they are even, as `WanPipeline` wants them.
         text: tokens that captions are padded to with zeros, at most the pipeline's 512; none of the model's own sizes,
             which `torch.compile` would take for the same thing; for the same reason the first grid is no square.
     """
@@ -42,10 +42,10 @@ class Stage:
 
 STAGES = (
     Stage(0.2, ((1, 12, 20), (1, 20, 12), (1, 16, 16)), text=72),
-    Stage(0.3, ((1, 24, 48), (1, 48, 24), (1, 30, 37)), text=72),
+    Stage(0.3, ((1, 24, 48), (1, 48, 24), (1, 30, 38)), text=72),
     Stage(0.5, ((5, 16, 16), (5, 12, 20), (5, 20, 12)), text=72),
-    Stage(0.7, ((7, 16, 28), (7, 28, 16), (9, 19, 21)), text=512),
-    Stage(1.0, ((9, 24, 48), (9, 48, 24), (9, 30, 37), (11, 21, 44)), text=512),
+    Stage(0.7, ((7, 16, 28), (7, 28, 16), (9, 18, 22)), text=512),
+    Stage(1.0, ((9, 24, 48), (9, 48, 24), (9, 30, 38), (11, 22, 44)), text=512),
 )
 """Pictures first: they teach shapes, colours and words with a fifth of the tokens of the shortest clip."""
 
