@@ -82,7 +82,7 @@ def test_sparsity_0_gives_the_dense_video(tmp_path, capsys):
     main(["demo", *TINY, "--sparsity", "0", "--output", str(tmp_path)])
     out = capsys.readouterr().out
     assert "density   1.000" in out
-    assert float(re.search(r"PSNR (\S+) dB", out)[1]) > 70 and "SSIM 1.000" in out
+    assert float(re.search(r"PSNR (\S+) dB", out)[1]) > 90 and "SSIM 1.000" in out
 
 
 @pytest.mark.parametrize(

@@ -77,7 +77,8 @@ def test_a_training_that_was_stopped_goes_on_as_if_it_had_not_been(tmp_path: Pat
     assert found == expected and found.steps == 200
     for name, tensor in whole.modules["line"].state_dict().items():
         assert torch.equal(tensor, resumed.modules["line"].state_dict()[name])
-    assert len(found.losses) == 10 and found.losses[-1][1] < (0.5 if muon else 1e-3) * found.losses[0][1]
+    first, last = found.losses[0][1], found.losses[-1][1]
+    assert len(found.losses) == 10 and last < (first / 2 if muon else 1e-2) < first
 
 
 def test_a_finished_training_is_not_repeated_and_gives_the_average(tmp_path: Path, seconds: None) -> None:
@@ -154,7 +155,7 @@ def test_latents_are_normalised_as_the_pipeline_wants(pipe: Any, monkeypatch: py
         torch.tensor(pipe.vae.config[name]).view(-1, 1, 1, 1) for name in ("latents_mean", "latents_std")
     )
     torch.testing.assert_close(latents * deviation + mean, raw)
-    assert latents.mean((0, 2, 3, 4)).abs().max() < 1
+    assert latents.mean((0, 2, 3, 4)).abs().max() < 0.5
     assert reconstruction_psnr(pipe.vae, 0) == before
 
 
@@ -207,7 +208,7 @@ def test_the_flow_is_that_of_diffusers_schedulers(pipe: Any, monkeypatch: pytest
 
 
 def test_steps_choose_from_the_newest_clips(pipe: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    made, seen = [], []
+    made, seen, noises = [], [], []
 
     def encoded(pipe: Any, grid: Any, batch: int, seed: int, number: int) -> Any:
         made.append((grid, number))
@@ -215,6 +216,7 @@ def test_steps_choose_from_the_newest_clips(pipe: Any, monkeypatch: pytest.Monke
 
     def exactly(latents: torch.Tensor, noise: torch.Tensor, sigma: torch.Tensor) -> torch.Tensor:
         seen.append(latents[:, 0, 0, 0, 0].int().tolist())
+        noises.append(float(noise.sum()))
         return latents
 
     monkeypatch.setattr(flow, "_encoded", encoded)
@@ -226,6 +228,7 @@ def test_steps_choose_from_the_newest_clips(pipe: Any, monkeypatch: pytest.Monke
         phase.step(number, 0.0)
     assert len(set(made)) == len(made) == len(grids) * (WINDOW + 2), "each batch of clips is made once"
     assert all(grid == grids[number % len(grids)] for grid, number in made)
+    assert len(set(noises)) == steps, "each step has other noise"
     for number, chosen in enumerate(seen):
         newest = number // len(grids) // USES
         assert len(chosen) == max(1, 4 * 240 // math.prod(grids[number % len(grids)]))
