@@ -3,8 +3,6 @@
 import argparse
 from pathlib import Path
 
-import torch
-
 from . import CommandError, one_line
 from .model_options import check_packages
 
@@ -35,8 +33,6 @@ def run(args: argparse.Namespace) -> None:
     check_packages("train", "matplotlib", "torchmetrics", "transformers", "tqdm", "ftfy")
     if args.minutes <= 0 or args.tokens < 1 or args.pixels < 1:
         raise CommandError("--minutes, --tokens and --pixels must be above 0")
-    if not hasattr(torch.optim, "Muon"):
-        raise CommandError(f"train needs torch 2.9 or newer for its optimizer Muon, and this is {torch.__version__}")
     from ..training.run import Training
     from ..training.run import run as train
 

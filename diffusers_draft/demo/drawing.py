@@ -186,7 +186,7 @@ def _towards(names: tuple[str, ...], negative: str, positive: str, device: torch
 
 
 def _choose(options: list[Tensor], index: Tensor) -> Tensor:
-    """For every clip or shape, the option of its index; all are computed, which compiles into one kernel."""
+    """For every clip or shape, the option of its index; all are computed."""
     index = index[..., None, None, None]
     chosen = options[0]
     for number, option in enumerate(options[1:], start=1):

@@ -30,9 +30,11 @@ def autoencoder_phase(vae: Any, minutes: float, seed: int, pixels: int) -> Phase
         pixels: of a batch, in all frames together.
     """
 
-    def step(number: int, share: float) -> Tensor:
+    def batch(number: int, share: float) -> tuple[Tensor, ...]:
         size = SIZES[number % len(SIZES)]
-        video, _ = clips(vae.device, max(1, pixels // math.prod(size)), size, seed, number)
+        return (clips(vae.device, max(1, pixels // math.prod(size)), size, seed, number)[0],)
+
+    def loss(video: Tensor) -> Tensor:
         with torch.autocast(vae.device.type, torch.bfloat16):
             latents = vae.encode(video).latent_dist
             again = vae.decode(latents.sample()).sample
@@ -40,7 +42,7 @@ def autoencoder_phase(vae: Any, minutes: float, seed: int, pixels: int) -> Phase
         distance = 0.5 * (latents.mean.float().square() + latents.var.float() - 1 - latents.logvar.float()).mean()
         return error + KL_WEIGHT * distance
 
-    return Phase("autoencoder", minutes, {"vae": vae.train()}, 2e-3, step)
+    return Phase("autoencoder", minutes, {"vae": vae.train()}, 2e-3, batch, loss)
 
 
 @torch.no_grad()

@@ -1,8 +1,5 @@
 """The clips of a batch: each depends on a seed and the batch's number alone, so that a training can be resumed."""
 
-import functools
-from collections.abc import Callable
-
 import numpy as np
 import torch
 from torch import Tensor
@@ -36,14 +33,8 @@ def clips(
     """
     frames, height, width = size
     chosen = scenes(batch, height, width, seed, number)
-    with torch.no_grad():  # always, or it would be compiled twice
-        return _drawing(device.type)(chosen.to(device), frames, height, width), captions(chosen)
-
-
-@functools.cache
-def _drawing(device_type: str) -> Callable[..., Tensor]:
-    """A thousand small kernels, unless they are made a few."""
-    return torch.compile(draw, dynamic=True, fullgraph=True) if device_type == "cuda" else draw
+    with torch.no_grad():
+        return draw(chosen.to(device), frames, height, width), captions(chosen)
 
 
 def noise_generator(device: torch.device, seed: int, number: int) -> torch.Generator:

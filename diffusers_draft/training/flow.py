@@ -70,29 +70,32 @@ def flow_phase(pipe: Any, minutes: float, seed: int, tokens: int) -> Phase:
     kept = WINDOW * max(len(stage.grids) for stage in STAGES)
     encoded = functools.lru_cache(maxsize=kept)(functools.partial(_encoded, pipe))
 
-    def step(number: int, share: float) -> Tensor:
+    def batch(number: int, share: float) -> tuple[Tensor, ...]:
         stage = next(stage for stage in STAGES if share < stage.until)
         turn, place = divmod(number, len(stage.grids))
         grid = stage.grids[place]
-        batch = max(1, tokens // math.prod(grid))
+        size = max(1, tokens // math.prod(grid))
         newest = turn // USES
         made = [len(stage.grids) * old + place for old in range(max(0, newest - WINDOW + 1), newest + 1)]
-        window = [encoded(grid, batch, seed, old) for old in made]
+        window = [encoded(grid, size, seed, old) for old in made]
         random = noise_generator(vae.device, seed, number)
-        chosen = torch.randint(batch * len(window), (batch,), generator=random, device=vae.device)
+        chosen = torch.randint(size * len(window), (size,), generator=random, device=vae.device)
         latents, ids, mask = (torch.cat(parts)[chosen] for parts in zip(*window, strict=True))
         noise = torch.randn(latents.shape, generator=random, device=latents.device)
         sigma = torch.rand(len(latents), generator=random, device=latents.device)
         sigma = FLOW_SHIFT * sigma / (1 + (FLOW_SHIFT - 1) * sigma)
         noisy = torch.lerp(latents, noise, sigma[:, None, None, None, None])
+        mask = functional.pad(mask, (0, stage.text - mask.shape[1]))
+        return noisy, noise - latents, 1000 * sigma, ids, mask
+
+    def loss(noisy: Tensor, expected: Tensor, timestep: Tensor, ids: Tensor, mask: Tensor) -> Tensor:
         with torch.autocast(vae.device.type, torch.bfloat16):
-            embeds = embed(pipe, ids, mask, stage.text)
-            flow = transformer(noisy, 1000 * sigma, embeds, return_dict=False)[0]
-        return functional.mse_loss(flow.float(), noise - latents)
+            flow = transformer(noisy, timestep, embed(pipe, ids, mask), return_dict=False)[0]
+        return functional.mse_loss(flow.float(), expected)
 
     modules = {"transformer": transformer, "text_encoder": pipe.text_encoder}
     matrices = [parameter for parameter in pipe.transformer.blocks.parameters() if parameter.dim() == 2]
-    return Phase("flow", minutes, modules, 2e-3, step, matrices)
+    return Phase("flow", minutes, modules, 2e-3, batch, loss, matrices)
 
 
 def tokenized(pipe: Any, texts: list[str]) -> tuple[Tensor, Tensor]:
@@ -101,10 +104,11 @@ def tokenized(pipe: Any, texts: list[str]) -> tuple[Tensor, Tensor]:
     return tokens.input_ids.to(pipe.device), tokens.attention_mask.to(pipe.device)
 
 
-def embed(pipe: Any, ids: Tensor, mask: Tensor, length: int) -> Tensor:
-    """`(B, length, D)` as `WanPipeline` makes it from `tokenized` texts: zeros where a caption has no token."""
-    hidden = pipe.text_encoder(ids, mask).last_hidden_state * mask[..., None]
-    return functional.pad(hidden, (0, 0, 0, length - hidden.shape[1]))
+def embed(pipe: Any, ids: Tensor, mask: Tensor) -> Tensor:
+    """`(B, length, D)` as `WanPipeline` makes it from `tokenized` texts, whose mask is padded to this length."""
+    own = ids.shape[1]
+    hidden = pipe.text_encoder(ids, mask[:, :own]).last_hidden_state
+    return functional.pad(hidden, (0, 0, 0, mask.shape[1] - own)) * mask[..., None]
 
 
 @torch.no_grad()

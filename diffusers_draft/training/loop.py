@@ -15,6 +15,8 @@ from tqdm import tqdm
 
 from .. import __version__
 from ..generation.files import whole_or_not
+from .gradients import Gradients
+from .muon import Muon
 
 WARM_UP = 300
 """Steps in which the learning rate rises."""
@@ -34,14 +36,16 @@ class Phase:
         modules: what is trained, by name.
         learning_rate: the highest.
         matrices: those of the parameters that Muon trains; AdamW trains the others.
-        step: computes the loss of a step, from the step's number and the share of the time that has passed.
+        batch: makes the tensors of a step, from the step's number and the share of the time that has passed.
+        loss: of those tensors; see `Gradients`.
     """
 
     name: str
     minutes: float
     modules: dict[str, nn.Module]
     learning_rate: float
-    step: Callable[[int, float], Tensor]
+    batch: Callable[[int, float], tuple[Tensor, ...]]
+    loss: Callable[..., Tensor]
     matrices: Sequence[nn.Parameter] = ()
 
 
@@ -78,6 +82,7 @@ def train(phase: Phase, folder: Path, save_every: float = 15.0) -> Progress:
     progress = Progress()
     checkpoint = _Checkpoint(folder / f"{phase.name}.pt", phase, optimizers, average, progress)
     checkpoint.load(parameters[0].device)
+    gradients = Gradients(phase.loss, parameters)
     with tqdm(total=round(60 * phase.minutes), initial=round(progress.seconds), unit="s", desc=phase.name) as bar:
         recent: list[Tensor] = []
         last = saved = time.perf_counter()
@@ -85,15 +90,13 @@ def train(phase: Phase, folder: Path, save_every: float = 15.0) -> Progress:
             rate = min(1.0, (progress.steps + 1) / WARM_UP, (1 - share) / COOL_DOWN)
             for group in itertools.chain.from_iterable(optimizer.param_groups for optimizer in optimizers):
                 group["lr"] = phase.learning_rate * rate
-            loss = phase.step(progress.steps, share)
-            loss.backward()
+            loss = gradients(*phase.batch(progress.steps, share))
             nn.utils.clip_grad_norm_(parameters, 1.0)
             for optimizer in optimizers:
                 optimizer.step()
-                optimizer.zero_grad(set_to_none=True)
             average.step(parameters)
             progress.steps += 1
-            recent.append(loss.detach())
+            recent.append(loss)
             now = time.perf_counter()
             progress.seconds += now - last
             last = now
@@ -117,7 +120,7 @@ def _optimizers(parameters: Sequence[nn.Parameter], matrices: Sequence[nn.Parame
         torch.optim.AdamW(others, betas=(0.9, 0.95), weight_decay=0.01, fused=True)
     ]
     if matrices:
-        optimizers.append(torch.optim.Muon(matrices, weight_decay=0.01, adjust_lr_fn="match_rms_adamw"))
+        optimizers.append(Muon(matrices))
     return optimizers
 
 

@@ -14,7 +14,7 @@ from .card import write_card
 from .flow import flow_phase
 from .loop import train
 
-FOR_AUTOENCODER = 0.2
+FOR_AUTOENCODER = 0.15
 """Share of the time."""
 MODEL = "model"
 """Folder of the finished pipeline, in the folder of the training."""
@@ -56,10 +56,10 @@ def run(training: Training, folder: Path) -> Path:
     pipe.to(where)
     if where.type == "cuda":
         torch.set_float32_matmul_precision("high")
-        torch.backends.cudnn.benchmark = True  # of the autoencoder's convolutions there are few sizes
         pipe.transformer.compile_repeated_blocks(dynamic=True)  # grids and captions change
     minutes = training.minutes * FOR_AUTOENCODER
-    learned = {"autoencoder": train(autoencoder_phase(pipe.vae, minutes, training.seed, training.pixels), folder)}
+    with torch.backends.cudnn.flags(enabled=True, benchmark=True):  # pays, as the clips have few sizes
+        learned = {"autoencoder": train(autoencoder_phase(pipe.vae, minutes, training.seed, training.pixels), folder)}
     measure_latents(pipe.vae, training.seed)
     psnr = reconstruction_psnr(pipe.vae, training.seed)
     print(f"The autoencoder gives clips back with a PSNR of {psnr:.1f} dB.")
