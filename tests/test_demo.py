@@ -10,6 +10,7 @@ import imageio
 import numpy as np
 import pytest
 import torch
+from diffusers.utils.logging import is_progress_bar_enabled
 from PIL import Image
 from torch.nn.functional import scaled_dot_product_attention
 
@@ -17,10 +18,12 @@ import diffusers_draft
 from diffusers_draft import DraftConfig, enable_draft_attention
 from diffusers_draft.cli import main
 from diffusers_draft.demo.capture import QueryKey, captured
-from diffusers_draft.demo.model import demo_inputs, demo_pipeline
+from diffusers_draft.demo.model import WEIGHTS, demo_pipeline
 from diffusers_draft.demo.pictures import draft_picture, side_by_side
+from diffusers_draft.demo.scenes import COLOURS, unknown_words
+from diffusers_draft.generation.run import call_arguments, run
 
-TINY = ["--steps", "2", "--frames", "5", "--height", "32", "--width", "64"]
+TINY = ["--steps", "2", "--frames", "5", "--height", "64", "--width", "128"]
 """3 x 8 x 16 tokens: three blocks."""
 
 
@@ -31,9 +34,10 @@ def pipe():
     return pipe
 
 
-@pytest.fixture
-def inputs(pipe):
-    return demo_inputs(pipe, 5, 32, 64, seed=0)
+def arguments(pipe, prompt="a big red plain star spinning over blue sky, camera still", **given):
+    """Of one call for a tiny video; each call needs new ones, with a fresh generator."""
+    size = {"num_frames": 5, "height": 64, "width": 128, "num_inference_steps": 2}
+    return call_arguments(pipe, prompt=prompt, seed=0, guidance_scale=1.0, **size) | given
 
 
 @pytest.fixture(scope="module")
@@ -51,8 +55,7 @@ def test_demo_prints_the_report_and_both_times(demo):
     assert "grid      (3, 8, 16) = 384 video tokens" in out
     assert "steps     1 sparse, 1 dense" in out
     assert "layers    5 sparse, 1 dense" in out
-    # round(0.5 * 9) of nine pairs are four.
-    assert "density   0.444 (layers from 0.444 to 0.444)" in out
+    assert "density   0.500 (layers from 0.500 to 0.500)" in out
     assert re.search(r"Denoising: \d+\.\d s dense, \d+\.\d s with draft attention: \d+\.\dx\.", out)
     assert re.search(r"The two videos: PSNR \d+\.\d dB, SSIM [01]\.\d{3}", out)
     assert str(folder) in out
@@ -66,10 +69,10 @@ def test_demo_writes_both_videos_and_a_picture(demo):
         "dense-and-draft.mp4",
         "draft-map.png",
     ]
-    assert imageio.v3.imread(folder / "dense-and-draft.mp4").shape == (5, 2 * 32 + 24, 2 * 2 * 64, 3)
+    assert imageio.v3.imread(folder / "dense-and-draft.mp4").shape == (5, 2 * 64 + 24, 2 * 2 * 128, 3)
     with Image.open(folder / "dense-and-draft.gif") as gif:
         assert gif.format == "GIF"
-        assert gif.size == (2 * 2 * 64, 2 * 32 + 24)
+        assert gif.size == (2 * 2 * 128, 2 * 64 + 24)
         assert gif.n_frames == 5
         gif.seek(4)
         assert len(gif.convert("RGB").getcolors(1 << 24)) > 50
@@ -94,8 +97,10 @@ def test_sparsity_0_gives_the_dense_video(tmp_path, capsys):
         (["demo", "--frames", "4"], "--frames must be an odd number"),
         (["demo", "--height", "40"], "--height must be a multiple of 16"),
         (["demo", "--width", "-16"], "--width must be a multiple of 16"),
-        (["demo", "--frames", "1", "--height", "32", "--width", "32"], "the video has 64 tokens"),
+        (["demo", "--frames", "1", "--height", "32", "--width", "32"], "the video has 16 tokens"),
         (["demo", "--colour", "red"], "unrecognized arguments: --colour red"),
+        (["demo", "--prompt", "a red cat over blue tables"], "does not know 'cat', 'tables'. It knows a and big"),
+        (["demo", "--prompt", " "], "The prompt is empty"),
         (["dance"], "invalid choice: 'dance'"),
         ([], "required: command"),
     ],
@@ -135,32 +140,42 @@ def test_python_m_runs_the_command():
     assert done.stdout.strip() == diffusers_draft.__version__
 
 
-def test_pipeline_is_the_same_every_time_and_leaves_the_global_seed_alone(pipe):
-    torch.manual_seed(3)
-    expected = torch.rand(4)
-    torch.manual_seed(3)
-    again = demo_pipeline()
-    assert torch.equal(torch.rand(4), expected)
-    for component in ("transformer", "vae"):
-        weights, others = (getattr(p, component).state_dict() for p in (pipe, again))
-        assert all(torch.equal(weights[name], others[name]) for name in weights)
+def test_pipeline_is_silent_and_in_float32(capsys):
+    pipe = demo_pipeline()
+    assert capsys.readouterr() == ("", "")
+    assert is_progress_bar_enabled()
+    for component in (pipe.transformer, pipe.vae, pipe.text_encoder):
+        assert not component.training
+        assert {parameter.dtype for parameter in component.parameters()} == {torch.float32}
 
 
-def test_inputs_depend_on_the_seed_alone(pipe, inputs):
-    again, other = (demo_inputs(pipe, 5, 32, 64, seed=seed) for seed in (0, 1))
-    assert torch.equal(inputs["latents"], again["latents"])
-    assert not torch.equal(inputs["latents"], other["latents"])
-    assert inputs["latents"].shape == (1, 16, 3, 16, 32)
+@pytest.mark.parametrize("colour", ["blue", "green", "yellow"])
+def test_the_model_knows_its_words(pipe, colour):
+    prompt = f"a small pink plain ring standing still over {colour} stripes, camera still"
+    frames = run(pipe, arguments(pipe, prompt, num_inference_steps=6, guidance_scale=3.0)).frames
+    middle = np.median(frames.reshape(-1, 3), axis=0)
+    # The ground is the colour at 55 to 100 %.
+    away = {name: min(np.linalg.norm(middle - 255 * np.array(rgb) * part) for part in np.linspace(0.55, 1, 10))
+            for name, rgb in COLOURS.items()}  # fmt: skip
+    assert min(away, key=away.get) == colour
 
 
-def test_captured_queries_and_keys_are_those_of_the_attention(pipe, inputs):
+def test_the_package_holds_the_model_and_its_card():
+    assert sum(path.stat().st_size for path in WEIGHTS.rglob("*.safetensors")) < 10e6
+    card = (WEIGHTS / "README.md").read_text()
+    assert all((WEIGHTS / name).exists() and name in card for name in ("samples.jpg", "loss.png", "prompts.txt"))
+    prompts = (WEIGHTS / "prompts.txt").read_text().splitlines()
+    assert len(set(prompts)) == 64 and not any(map(unknown_words, prompts))
+
+
+def test_captured_queries_and_keys_are_those_of_the_attention(pipe):
     """Attention recomputed from what was captured gives the layer's output, and nobody notices the capture."""
     layer = pipe.transformer.blocks[1].attn1
-    stock_video = pipe(**inputs, num_inference_steps=2, output_type="latent").frames
+    stock_video = pipe(**arguments(pipe), output_type="latent").frames
     seen = {}
     hook = layer.register_forward_hook(lambda layer, args, output: seen.update(hidden=args[0], output=output))
     with captured(layer) as tensors:
-        video = pipe(**inputs, num_inference_steps=2, output_type="latent").frames
+        video = pipe(**arguments(pipe), output_type="latent").frames
     hook.remove()
     assert torch.equal(video, stock_video)
     value = layer.to_v(seen["hidden"]).unflatten(2, (layer.heads, -1))

@@ -14,6 +14,7 @@ from PIL import Image
 
 from diffusers_draft import enable_draft_attention
 from diffusers_draft.cli import main
+from diffusers_draft.demo.model import WEIGHTS
 from diffusers_draft.generation import video
 from diffusers_draft.generation.loading import Model, load, pipeline_class, supported_pipelines
 from diffusers_draft.generation.run import call_arguments, run
@@ -97,6 +98,14 @@ def test_frames_are_those_of_the_pipeline_and_depend_on_seed_and_prompt(folder):
     for other in (clip(model, seed=1), clip(model, prompt="a blue square"), clip(model, guidance_scale=1.0)):
         assert (other != frames).any()
     assert (clip(model, negative_prompt="stripes") != frames).any()
+
+
+def test_the_demos_model(tmp_path, capsys):
+    prompt = "a big red plain circle moving left over blue waves, camera still"
+    size = ["--height", "64", "--width", "128", "--frames", "9", "--steps", "3", "--guidance-scale", "1"]
+    generate("--model", WEIGHTS, "--prompt", prompt, *size, "--output", tmp_path / "out.mp4")
+    assert "grid      (5, 8, 16) = 640 video tokens" in capsys.readouterr().out
+    assert imageio.v3.imread(tmp_path / "out.mp4").shape == (9, 64, 128, 3)
 
 
 def test_dense_leaves_draft_attention_out(folder, tmp_path, capsys):

@@ -338,7 +338,7 @@ def test_the_command_makes_a_pipeline_and_its_card(trained: Path) -> None:
     for expected in (r"\d+ steps in 0\.\d minutes", "seed 0", diffusers_draft.__version__, "--minutes 0.1"):
         assert re.search(expected, text), expected
     assert "{" not in text
-    with Image.open(folder / "samples.png") as sheet:
+    with Image.open(folder / "samples.jpg") as sheet:
         assert sheet.size == (4 * 96, 2 * 64)
     assert (folder / "loss.png").exists()
     prompts = (folder / "prompts.txt").read_text().splitlines()

@@ -19,8 +19,8 @@ def add_parser(subparsers: argparse._SubParsersAction) -> None:
     parser.add_argument("--output", type=Path, required=True, metavar="DIR", help="for checkpoints and the model")
     parser.add_argument("--minutes", type=float, default=22, help="how long, over all times that it goes on")
     parser.add_argument("--seed", type=int, default=0, help="of weights, videos and noise")
-    parser.add_argument("--tokens", type=int, default=125_000, help="of a batch of the transformer")
-    parser.add_argument("--pixels", type=int, default=1_500_000, help="of a batch of the autoencoder")
+    parser.add_argument("--tokens", type=int, default=60_000, help="of a batch of the transformer")
+    parser.add_argument("--pixels", type=int, default=3_000_000, help="of a batch of the autoencoder")
     parser.set_defaults(run=run)
 
 

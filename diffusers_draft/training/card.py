@@ -36,7 +36,7 @@ bfloat16. It makes short clips of shapes that move over a pattern, from captions
 
 It exists to try draft attention and to measure what it costs. It knows nothing else of the world.
 
-![Samples, {shown} frames each](samples.png)
+![Samples, {shown} frames each](samples.jpg)
 
 *The first {samples} captions of `prompts.txt`, which it was not trained on; {frames} frames of {height} x {width}
 pixels in {steps} steps with guidance {guidance:g}.*
@@ -57,7 +57,7 @@ pixels in {steps} steps with guidance {guidance:g}.*
 
 
 def write_card(folder: Path, pipe: Any, training: Any, learned: dict[str, Progress], psnr: float) -> None:
-    """Writes README.md, samples.png, loss.png and prompts.txt beside the pipeline.
+    """Writes README.md, samples.jpg, loss.png and prompts.txt beside the pipeline.
 
     Args:
         folder: of the pipeline.
@@ -68,7 +68,7 @@ def write_card(folder: Path, pipe: Any, training: Any, learned: dict[str, Progre
     """
     prompts = captions(scenes(PROMPTS, HEIGHT, WIDTH, training.seed, HELD_OUT + 100))
     (folder / "prompts.txt").write_text("\n".join(prompts) + "\n")
-    contact_sheet(pipe, prompts[:SAMPLES]).save(folder / "samples.png")
+    contact_sheet(pipe, prompts[:SAMPLES]).save(folder / "samples.jpg", quality=90)
     _loss_curves(learned).savefig(folder / "loss.png", dpi=100)
     parts = (pipe.vae, pipe.transformer, pipe.text_encoder)
     facts: dict[str, Any] = {

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from diffusers.configuration_utils import ConfigMixin
 
 from ..generation.loading import Model, device, from_pretrained, load
 from .architecture import untrained_pipeline
@@ -15,7 +16,8 @@ from .flow import flow_phase
 from .loop import train
 
 FOR_AUTOENCODER = 0.15
-"""Share of the time."""
+MOST_FOR_AUTOENCODER = 2.1
+"""Share of the time, and minutes: after two of them it is good enough, and the transformer learns on."""
 MODEL = "model"
 """Folder of the finished pipeline, in the folder of the training."""
 
@@ -57,7 +59,7 @@ def run(training: Training, folder: Path) -> Path:
     if where.type == "cuda":
         torch.set_float32_matmul_precision("high")
         pipe.transformer.compile_repeated_blocks(dynamic=True)  # grids and captions change
-    minutes = training.minutes * FOR_AUTOENCODER
+    minutes = min(training.minutes * FOR_AUTOENCODER, MOST_FOR_AUTOENCODER)
     with torch.backends.cudnn.flags(enabled=True, benchmark=True):  # pays, as the clips have few sizes
         learned = {"autoencoder": train(autoencoder_phase(pipe.vae, minutes, training.seed, training.pixels), folder)}
     measure_latents(pipe.vae, training.seed)
@@ -74,4 +76,12 @@ def save_in_bfloat16(pipe: Any, folder: Path) -> None:
     """Saves a pipeline with weights in bfloat16, but for those that diffusers keeps in float32."""
     with tempfile.TemporaryDirectory() as exact:
         pipe.save_pretrained(exact)
-        from_pretrained(type(pipe), exact, torch.bfloat16).save_pretrained(folder)
+        rounded = from_pretrained(type(pipe), exact, torch.bfloat16)
+    for part in (rounded, *rounded.components.values()):
+        if isinstance(part, ConfigMixin):
+            part.register_to_config(_name_or_path="")  # not the temporary folder
+    rounded.save_pretrained(folder)
+    # transformers 5 has a new name for the tokenizer's class, which older ones do not know; it knows the old one too.
+    for name in ("model_index.json", "tokenizer/tokenizer_config.json"):
+        text = (folder / name).read_text()
+        (folder / name).write_text(text.replace("TokenizersBackend", "PreTrainedTokenizerFast"))
