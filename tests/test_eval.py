@@ -36,7 +36,7 @@ from diffusers_draft.generation.files import whole_or_not
 SIZE = ["--height", "96", "--width", "160", "--frames", "5", "--steps", "3"]
 """2 x 6 x 10 tokens: with tiles of 4 x 8 three full blocks and a rest."""
 TILE = ("--tile", "4x8")
-RANDOM = "sparsity=0.8,tile=4x8,selection=random"
+RANDOM = "sparsity=0.8,budget=head,tile=4x8,selection=random"
 PROMPTS = ["a red circle", "a blue square moves left", "stripes"]
 TIMES = ("seconds", "speedup")
 
@@ -76,7 +76,7 @@ def done(folder, tmp_path_factory):
     return output, json.loads((output / "results.json").read_text())
 
 
-NAMES = ["dense"] + [f"sparsity={s}{b},tile=4x8" for s in (0.5, 0.8) for b in ("", ",budget=row")] + [RANDOM]
+NAMES = ["dense"] + [f"sparsity={s},budget={b},tile=4x8" for s in (0.5, 0.8) for b in ("head", "row")] + [RANDOM]
 
 
 def test_every_prompt_seed_and_setting_has_a_clip_and_a_video(done):
@@ -316,8 +316,8 @@ def test_vbench_scores_the_videos_of_every_setting(folder, done, tmp_path, monke
     main(arguments(folder, tmp_path, "--sparsity", "0.5", "--vbench"))
     assert "leave --no-videos out" in fails(arguments(folder, tmp_path, "--vbench", "--no-videos"), capsys)
     scores = json.loads((tmp_path / "results.json").read_text())["vbench"]
-    assert list(scores) == ["dense", "sparsity=0.5"]
-    assert scores["dense"]["motion_smoothness"] == scores["sparsity=0.5"]["imaging_quality"] == 0.3
+    assert list(scores) == ["dense", "sparsity=0.5,budget=head"]
+    assert scores["dense"]["motion_smoothness"] == scores["sparsity=0.5,budget=head"]["imaging_quality"] == 0.3
 
 
 def test_without_videos_the_numbers_are_the_same(folder, done, tmp_path):
@@ -429,6 +429,7 @@ def test_settings_are_read_and_named():
     assert setting.name == "sparsity=0.75,budget=row,tile=16x8,dense_steps=0.25,dense_layers=0+2,selection=local"
     assert parse_setting("dense_layers=none") == Setting(DraftConfig(dense_layers=()))
     assert parse_setting("sparsity=0.9") == Setting()
+    assert parse_setting("sparsity=0.9").name == "sparsity=0.9,budget=head"
 
 
 @given(

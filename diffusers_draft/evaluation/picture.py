@@ -27,7 +27,7 @@ def draw(rows: Sequence[Json], file: Any, title: str) -> None:
     for row in rows:
         if row["setting"] != "dense":
             others = row["setting"].partition(",")[2]
-            groups.setdefault(others or "defaults", []).append(row)
+            groups.setdefault(others, []).append(row)
     for label, members in groups.items():
         for axes, column in ((left, "computed"), (right, "seconds")):
             _line(axes, members, column, label)

@@ -30,9 +30,9 @@ class Setting:
 
     @property
     def name(self) -> str:
-        """The sparsity and all options that are not the default, in the form that `parse_setting` reads."""
+        """Sparsity, budget and all options that are not the default, in the form that `parse_setting` reads."""
         defaults = Setting().options
-        shown = {k: v for k, v in self.options.items() if k == "sparsity" or v != defaults[k]}
+        shown = {k: v for k, v in self.options.items() if k in ("sparsity", "budget") or v != defaults[k]}
         return ",".join(f"{key}={_text(key, value)}" for key, value in shown.items())
 
 
