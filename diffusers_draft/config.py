@@ -3,7 +3,7 @@
 import math
 import operator
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from numbers import Integral
 from typing import Literal
 
@@ -67,9 +67,17 @@ class DraftConfig:
         return math.prod(self.tile)
 
     @classmethod
+    def paper(cls, sparsity: float = 0.9) -> "DraftConfig":
+        """Settings of the paper's code, whatever the defaults are: the head budget and blocks of 8 x 16 tokens.
+
+        Dense steps and layers are those of the model family.
+        """
+        return cls(sparsity=sparsity, budget="head", tile=(8, 16))
+
+    @classmethod
     def hunyuan_custom(cls, sparsity: float = 0.9) -> "DraftConfig":
         """Settings of the paper's code for HunyuanCustom: dense while the timestep is above 975."""
-        return cls(sparsity=sparsity, dense_timestep=975.0)
+        return replace(cls.paper(sparsity), dense_timestep=975.0)
 
 
 def check_grid(grid: tuple[int, int, int], prefix: int) -> None:

@@ -65,6 +65,12 @@ def test_every_limit_itself_is_allowed():
     assert all(DraftConfig(backend=name).backend == name for name in ("auto", *BACKENDS))
 
 
+def test_settings_of_the_papers_code():
+    expected = DraftConfig(sparsity=0.75, budget="head", tile=(8, 16))
+    assert DraftConfig.paper(0.75) == expected and DraftConfig.paper().sparsity == 0.9
+    assert expected.dense_steps is expected.dense_timestep is expected.dense_layers is None
+
+
 def test_defaults_are_those_of_the_paper():
     config = DraftConfig()
     assert (config.sparsity, config.budget, config.tile, config.backend) == (0.9, "head", (8, 16), "auto")
