@@ -120,6 +120,7 @@ def _loss_curves(learned: dict[str, Progress]) -> Figure:
         steps, losses = zip(*progress.losses, strict=True) if progress.losses else ((), ())
         axes.plot(steps, losses, linewidth=0.8)
         axes.set(title=name, xlabel="step", ylabel="loss", yscale="log")
+        axes.locator_params(axis="x", nbins=5)
     return figure
 
 
