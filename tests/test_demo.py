@@ -24,7 +24,7 @@ from diffusers_draft.demo.scenes import COLOURS, unknown_words
 from diffusers_draft.generation.run import call_arguments, run
 
 TINY = ["--steps", "2", "--frames", "5", "--height", "64", "--width", "128"]
-"""3 x 8 x 16 tokens: three blocks."""
+"""3 x 8 x 16 tokens: twelve blocks."""
 
 
 @pytest.fixture(scope="module")
@@ -34,10 +34,10 @@ def pipe():
     return pipe
 
 
-def arguments(pipe, prompt="a big red plain star spinning over blue sky, camera still", **given):
+def arguments(pipe, prompt="a big red plain star spinning over blue sky, camera still", seed=0, **given):
     """Of one call for a tiny video; each call needs new ones, with a fresh generator."""
     size = {"num_frames": 5, "height": 64, "width": 128, "num_inference_steps": 2}
-    return call_arguments(pipe, prompt=prompt, seed=0, guidance_scale=1.0, **size) | given
+    return call_arguments(pipe, prompt=prompt, seed=seed, guidance_scale=1.0, **size) | given
 
 
 @pytest.fixture(scope="module")
@@ -134,10 +134,36 @@ def test_missing_packages_are_named_with_the_install_line(monkeypatch, capsys):
     assert "pip install 'diffusers-draft[demo]'" in err and err.count("\n") == 1
 
 
+def test_what_the_pipeline_would_miss_later_is_named_at_once(monkeypatch, capsys):
+    monkeypatch.setitem(sys.modules, "ftfy", None)
+    with pytest.raises(SystemExit) as exit_:
+        main(["demo", *TINY])
+    assert exit_.value.code == 2
+    assert capsys.readouterr().err.endswith("ftfy is not installed: pip install 'diffusers-draft[demo]'\n")
+
+
 def test_python_m_runs_the_command():
     command = [sys.executable, "-m", "diffusers_draft", "--version"]
     done = subprocess.run(command, capture_output=True, text=True, check=True)
     assert done.stdout.strip() == diffusers_draft.__version__
+
+
+def test_pipeline_is_the_same_every_time_and_leaves_the_global_seed_alone(pipe):
+    torch.manual_seed(3)
+    expected = torch.rand(4)
+    torch.manual_seed(3)
+    again = demo_pipeline()
+    assert torch.equal(torch.rand(4), expected)
+    for component in ("transformer", "vae"):
+        weights, others = (getattr(p, component).state_dict() for p in (pipe, again))
+        assert all(torch.equal(weights[name], others[name]) for name in weights)
+
+
+def test_videos_depend_on_the_seed_alone(pipe):
+    first, again, other = (pipe(**arguments(pipe, seed=seed), output_type="latent").frames for seed in (0, 0, 1))
+    assert torch.equal(first, again)
+    assert not torch.equal(first, other)
+    assert first.shape == (1, 12, 3, 16, 32)
 
 
 def test_pipeline_is_silent_and_in_float32(capsys):

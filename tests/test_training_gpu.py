@@ -1,12 +1,10 @@
 """A look at the training on a GPU before it takes long."""
 
 import time
-from collections.abc import Callable
 from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
 
 from diffusers_draft.training.architecture import untrained_pipeline
 from diffusers_draft.training.autoencoder import autoencoder_phase
@@ -52,7 +50,7 @@ def test_all_stages_at_full_size(phases: Any, capsys: pytest.CaptureFixture[str]
     """Nothing fails and nothing is too large; prints how long a step takes."""
     for phase, shares in zip(phases(3_000_000, 60_000), ([0.0], [0.1, 0.25, 0.4, 0.6, 0.99]), strict=True):
         parameters = [parameter for module in phase.modules.values() for parameter in module.parameters()]
-        gradients: Callable[..., Tensor] = Gradients(phase.loss, parameters)
+        gradients = Gradients(phase.loss, parameters)
         for share in shares:
             torch.cuda.reset_peak_memory_stats()
             for number in range(24):

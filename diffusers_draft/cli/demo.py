@@ -9,6 +9,7 @@ import numpy as np
 from .. import DraftConfig, enable_draft_attention
 from ..config import Budget
 from . import CommandError, one_line
+from .model_options import check_packages
 
 FPS = 8
 VIDEO = "dense-and-draft.mp4"
@@ -16,9 +17,9 @@ GIF = "dense-and-draft.gif"
 PICTURE = "draft-map.png"
 GUIDANCE = 3.0
 TILE = (4, 8)
+"""Blocks smaller than usual: of the usual ones so small a video has 51, a real one a thousand."""
 BUDGET: Budget = "row"
-"""Smaller blocks than usual, of which so small a video has 51 and a real one a thousand, and as many kept for each:
-faster on a CPU."""
+"""Faster on a CPU: query blocks that keep equally many key blocks are computed together."""
 PROMPT = "a big white dotted circle bouncing over blue stripes, camera pans right"
 
 
@@ -49,6 +50,7 @@ def run(args: argparse.Namespace) -> None:
         CommandError: for arguments out of range, a missing package or a folder that cannot be written.
     """
     config = _checked_config(args)
+    check_packages("demo", "ftfy")  # the pipeline imports it when it reads a prompt
     try:
         from ..demo import model, pictures
         from ..demo.capture import captured

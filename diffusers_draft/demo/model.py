@@ -22,7 +22,7 @@ def demo_pipeline() -> Any:
 
     A token of its transformer is 8 x 8 pixels of two frames (of one in the beginning).
     """
-    with _without_bars():
+    with _without_bars(), torch.random.fork_rng(devices=[]):  # loading draws random weights first
         return from_pretrained(WanPipeline, str(WEIGHTS), torch.float32)
 
 

@@ -13,6 +13,7 @@ from ..bench.measure import environment
 from ..demo.scenes import captions
 from ..generation.run import call_arguments, run
 from .clips import HELD_OUT, scenes
+from .flow import USES
 from .loop import Progress
 
 PROMPTS = 64
@@ -43,7 +44,8 @@ pixels in {steps} steps with guidance {guidance:g}.*
 
 ## Training
 
-- Data: clips drawn by `diffusers_draft.demo.drawing` from random scenes, every batch new, seed {seed}.
+- Data: clips drawn by `diffusers_draft.demo.drawing` from random scenes, seed {seed}. The autoencoder sees each once,
+  the transformer about {uses} times with other noise.
 - Autoencoder: {autoencoder_steps:,} steps in {autoencoder_minutes:.1f} minutes. It gives clips back with a PSNR of
   {psnr:.1f} dB.
 - Transformer and text encoder: {flow_steps:,} steps in {flow_minutes:.1f} minutes of flow matching, about
@@ -83,6 +85,7 @@ def write_card(folder: Path, pipe: Any, training: Any, learned: dict[str, Progre
         "guidance": GUIDANCE,
         "seed": training.seed,
         "tokens": training.tokens,
+        "uses": USES,
         "psnr": psnr,
         "version": __version__,
         "commit": _commit(),

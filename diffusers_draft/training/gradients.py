@@ -22,9 +22,9 @@ class Gradients:
 
     def __init__(self, loss: Callable[..., Tensor], parameters: Sequence[nn.Parameter]) -> None:
         self._loss = loss
-        for parameter in parameters:
-            parameter.grad = torch.zeros_like(parameter)
-        self._all = [parameter.grad for parameter in parameters if parameter.grad is not None]
+        self._all = [torch.zeros_like(parameter) for parameter in parameters]
+        for parameter, gradient in zip(parameters, self._all, strict=True):
+            parameter.grad = gradient
         self._recordings: dict[tuple[torch.Size, ...], _Recording] = {}
 
     def __call__(self, *inputs: Tensor) -> Tensor:
@@ -49,9 +49,9 @@ class Gradients:
                 self._run(own)
         torch.cuda.current_stream().wait_stream(aside)
         graph = torch.cuda.CUDAGraph()
-        others = [recording.graph for recording in self._recordings.values()]
         # One at a time is replayed, so that all can use the same memory.
-        with torch.cuda.graph(graph, pool=others[0].pool() if others else None):
+        memory = next((recording.graph.pool() for recording in self._recordings.values()), None)
+        with torch.cuda.graph(graph, pool=memory):
             loss = self._run(own)
         return _Recording(graph, own, loss)
 

@@ -38,12 +38,13 @@ class Muon(torch.optim.Optimizer):
     def step(self, closure: Callable[[], float] | None = None) -> None:  # type: ignore[override]
         """One step, by the gradients that are there."""
         for group in self.param_groups:
-            matrices: list[Tensor] = group["params"]
-            state: dict[str, Any] = self.state[matrices[0]]
-            gradients = torch.stack([matrix.grad for matrix in matrices if matrix.grad is not None])
-            mean = state.setdefault("mean", torch.zeros_like(gradients))
-            mean.lerp_(gradients, 1 - group["momentum"])
-            updates = orthogonal(gradients.lerp(mean, group["momentum"])).to(gradients.dtype)
+            matrices: list[Any] = group["params"]
+            gradients = torch.stack([matrix.grad for matrix in matrices])
+            state = self.state[matrices[0]]
+            if "mean" not in state:
+                state["mean"] = torch.zeros_like(gradients)
+            state["mean"].lerp_(gradients, 1 - group["momentum"])
+            updates = orthogonal(gradients.lerp(state["mean"], group["momentum"])).to(gradients.dtype)
             torch._foreach_mul_(matrices, 1 - group["lr"] * group["weight_decay"])
             rate = 0.2 * math.sqrt(max(gradients.shape[1:])) * group["lr"]
             torch._foreach_add_(matrices, updates.unbind(), alpha=-rate)
