@@ -5,11 +5,11 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-import torch.distributed._functional_collectives as funcol
 from torch import Tensor
 from torch.nn import functional
 
 from .layout import Grid
+from .transfer import to_heads, to_tokens
 
 
 class Exchange:
@@ -23,7 +23,7 @@ class Exchange:
 
     def __init__(self, group: dist.ProcessGroup, shared: int, whole_text: bool = False) -> None:
         self.group = group
-        self.size, self.rank = group.size(), group.rank()
+        self.size = group.size()
         self.shared = shared
         self.whole_text = whole_text
 
@@ -45,19 +45,13 @@ class Exchange:
                 "removed diffusers' hooks that split the model's inputs. Split the model before it is offloaded."
             )
         # The last rank sends what is behind the video: it arrives in its place, and nobody has to put it there.
-        last = self.rank == self.size - 1
-        sent = split + behind if last else split
-        by_rank = [tensor[:, :sent].unflatten(2, (self.size, -1)).permute(2, 1, 0, 3, 4) for tensor in tensors]
-        rows = torch.stack(by_rank, dim=2).flatten(0, 1)  # (ranks * S, 3, B, H / ranks, D)
-        received = self._all_to_all(rows, [split] * (self.size - 1) + [split + behind], [sent] * self.size)
-        return [tensor.transpose(0, 1) for tensor in received.unbind(1)]
+        tokens = [split] * (self.size - 1) + [split + behind]
+        whole = to_heads(query, key, value, self.group.group_name, tokens)
+        return [tensor.transpose(0, 1) for tensor in whole]
 
     def to_tokens(self, out: Tensor) -> Tensor:
         """`(B, S, H / ranks, D)` to `(B, S on this rank, H, D)`."""
-        by_rank = out[:, : self.shared].unflatten(1, (self.size, -1)).permute(1, 2, 0, 3, 4)
-        behind = out[:, self.shared :].transpose(0, 1).expand(self.size, -1, -1, -1, -1)
-        rows = torch.cat([by_rank, behind], dim=1)  # (ranks, S on this rank, B, H / ranks, D)
-        return self._all_to_all(rows).permute(2, 1, 0, 3, 4).flatten(2, 3)
+        return to_tokens(out, self.group.group_name, self.size, self.shared // self.size)
 
     def whole_mask(self, mask: Tensor | None, seq_len: int) -> Tensor | None:
         """The mask of a call as it must be for the whole sequence of `seq_len` tokens.
@@ -74,10 +68,6 @@ class Exchange:
             )
         behind = seq_len - self.shared
         return functional.pad(mask[..., mask.shape[-1] - behind :], (self.shared, 0), value=True)
-
-    def _all_to_all(self, rows: Tensor, come: list[int] | None = None, go: list[int] | None = None) -> Tensor:
-        """Sends each rank its part of the rows, and returns what came; equal parts where their sizes are not given."""
-        return funcol.wait_tensor(funcol.all_to_all_single(rows.contiguous(), come, go, self.group))
 
 
 def context_parallel(parallel_config: Any) -> Any:

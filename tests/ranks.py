@@ -127,6 +127,17 @@ def causal(name: str, grid: Grid) -> dict[str, int]:
     return handle.report().transformers[0].dense_calls
 
 
+def exchanged(whole: Tensor, behind: int) -> tuple[list[Tensor], Tensor]:
+    """What a rank gets of `(3, B, S, H, D)`, and its tokens of the query that comes back; all of it strided."""
+    size, rank = dist.get_world_size(), dist.get_rank()
+    video = whole.shape[2] - behind
+    mine = [*range(rank * video // size, (rank + 1) * video // size), *range(video, whole.shape[2])]
+    query, key, value = whole[:, :, mine].transpose(2, 3).contiguous().transpose(2, 3)
+    exchange = Exchange(dist.group.WORLD, video, behind > 0)  # type: ignore[arg-type]
+    heads = exchange.to_heads(query, key, value)
+    return heads, exchange.to_tokens(heads[0].transpose(1, 2).contiguous().transpose(1, 2))
+
+
 def split_twice() -> str:
     model = BUILD["wan"]()
     split(model)

@@ -62,6 +62,16 @@ def test_the_method_of_diffusers_on_wan(pool: Pool, split_when: str) -> None:
     check(pool.run(2, "outcome", *case, split_when, "diffusers"), outcome(*case))
 
 
+@pytest.mark.parametrize("behind", [0, 5])
+@pytest.mark.parametrize(("dtype", "head_dim"), [(torch.bfloat16, 8), (torch.bfloat16, 6), (torch.float32, 3)])
+def test_what_the_ranks_exchange(pool: Pool, dtype: torch.dtype, head_dim: int, behind: int) -> None:
+    """Copies in words of 8 bytes, and of head sizes that no word fits."""
+    whole = torch.randn(3, 2, 4 * 7 + behind, 8, head_dim).to(dtype)
+    for rank, (heads, tokens) in enumerate(pool.run(4, "exchanged", whole, behind)):
+        assert torch.equal(torch.stack(heads), whole[..., 2 * rank : 2 * rank + 2, :])
+        assert torch.equal(tokens, torch.cat((whole[0, :, 7 * rank : 7 * rank + 7], whole[0, :, 28:]), dim=1))
+
+
 def test_every_rank_computes_the_same_number_of_pairs(pool: Pool) -> None:
     found = pool.run(4, "outcome", "wan 4 heads", 1, EVEN, SPARSE, "before")
     assert all(rank[1] for rank in found)
