@@ -57,8 +57,8 @@ def enable_draft_attention(
     pipe: Any,
     sparsity: float = 0.9,
     *,
-    budget: Budget = "head",
-    tile: Tile = (8, 16),
+    budget: Budget = DraftConfig.budget,
+    tile: Tile = DraftConfig.tile,
     dense_steps: float | None = None,
     dense_timestep: float | None = None,
     dense_layers: Iterable[int] | None = None,
@@ -72,7 +72,7 @@ def enable_draft_attention(
     Args:
         pipe: a diffusers pipeline, modular pipeline or transformer. All transformers of a pipeline are patched.
         sparsity: share of the video block pairs to skip, in [0, 1).
-        budget: `"head"` or `"row"`, see `DraftConfig`.
+        budget: `"row"` or `"head"`, see `DraftConfig`.
         tile: `(h, w)` or `(t, h, w)` tokens of a block, see `DraftConfig`.
         dense_steps: share of the run's steps, from its start, that stay dense.
         dense_timestep: steps whose timestep is above this stay dense; by default what the paper's code does.

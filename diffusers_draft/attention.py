@@ -22,8 +22,8 @@ def draft_attention(
     sparsity: float = 0.9,
     prefix: int = 0,
     kv_len: Tensor | None = None,
-    tile: Tile = (8, 16),
-    budget: Budget = "head",
+    tile: Tile = DraftConfig.tile,
+    budget: Budget = DraftConfig.budget,
     backend: str = "auto",
     scale: float | None = None,
 ) -> Tensor:
@@ -42,8 +42,7 @@ def draft_attention(
         kv_len: `(B,)` integers on any device: how many leading tokens of each sample are valid keys, at least
             `prefix + T * Y * X` (right-padded text). None if all are. Tokens behind it are never attended to.
         tile: `(h, w)` or `(t, h, w)` tokens of a block, see `DraftConfig`.
-        budget: `"head"` keeps the best pairs of each head's whole map (the paper), `"row"` the same number of key
-            blocks for every query block.
+        budget: `"row"` or `"head"`, see `DraftConfig`.
         backend: `"auto"` or a name from `diffusers_draft.kernels.BACKENDS`.
         scale: factor on the scores, `D ** -0.5` by default.
 

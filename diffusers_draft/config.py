@@ -21,10 +21,10 @@ class DraftConfig:
     Attributes:
         sparsity: share of the video block pairs to skip, in [0, 1). The paper uses 0.9 for HunyuanVideo and 0.75
             for Wan.
-        budget: `"head"` keeps the best pairs of each head's whole map (the paper); `"row"` keeps the same number of
-            key blocks for every query block.
-        tile: `(h, w)` tokens of one frame, or `(t, h, w)` tokens of several; blocks are patches of about this shape.
-            The product must be a multiple of 16.
+        budget: `"row"` keeps the same number of key blocks for every query block; `"head"` the best pairs of each
+            head's whole map (the paper).
+        tile: `(h, w)` tokens of one frame (the paper), or `(t, h, w)` tokens of several; blocks are patches of about
+            this shape. The product must be a multiple of 16.
         dense_steps: share of the run's steps, from its start, that stay dense, in [0, 1]. Overrides `dense_timestep`.
         dense_timestep: steps whose timestep is above this stay dense, in the scheduler's units.
         dense_layers: layers that stay dense, as indices into the model's self-attention layers in execution order.
@@ -35,8 +35,8 @@ class DraftConfig:
     """
 
     sparsity: float = 0.9
-    budget: Budget = "head"
-    tile: Tile = (8, 16)
+    budget: Budget = "row"
+    tile: Tile = (2, 8, 8)
     dense_steps: float | None = None
     dense_timestep: float | None = None
     dense_layers: Iterable[int] | None = None
@@ -68,7 +68,7 @@ class DraftConfig:
 
     @classmethod
     def paper(cls, sparsity: float = 0.9) -> "DraftConfig":
-        """Settings of the paper's code, whatever the defaults are: the head budget and blocks of 8 x 16 tokens.
+        """Settings of the paper's code: the head budget and blocks of 8 x 16 tokens.
 
         Dense steps and layers are those of the model family.
         """

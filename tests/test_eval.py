@@ -316,12 +316,12 @@ def test_vbench_scores_the_videos_of_every_setting(folder, done, tmp_path, monke
     main(arguments(folder, tmp_path, "--sparsity", "0.5", "--vbench"))
     assert "leave --no-videos out" in fails(arguments(folder, tmp_path, "--vbench", "--no-videos"), capsys)
     scores = json.loads((tmp_path / "results.json").read_text())["vbench"]
-    assert list(scores) == ["dense", "sparsity=0.5,budget=head"]
-    assert scores["dense"]["motion_smoothness"] == scores["sparsity=0.5,budget=head"]["imaging_quality"] == 0.3
+    assert list(scores) == ["dense", "sparsity=0.5,budget=row,tile=2x8x8"]
+    assert scores["dense"]["motion_smoothness"] == scores["sparsity=0.5,budget=row,tile=2x8x8"]["imaging_quality"] == 0.3
 
 
 def test_without_videos_the_numbers_are_the_same(folder, done, tmp_path):
-    settings = ["--seeds", 0, 7, "--sparsity", "0.5", *TILE]
+    settings = ["--seeds", 0, 7, "--sparsity", "0.5", "--budget", "head", *TILE]
     assert main(arguments(folder, tmp_path, *settings, "--no-videos")) == 0
     assert not list((tmp_path / "videos").iterdir())
 
@@ -429,7 +429,7 @@ def test_settings_are_read_and_named():
     assert setting.name == "sparsity=0.75,budget=row,tile=16x8,dense_steps=0.25,dense_layers=0+2,selection=local"
     assert parse_setting("dense_layers=none") == Setting(DraftConfig(dense_layers=()))
     assert parse_setting("sparsity=0.9") == Setting()
-    assert parse_setting("sparsity=0.9").name == "sparsity=0.9,budget=head"
+    assert parse_setting("sparsity=0.9").name == "sparsity=0.9,budget=row,tile=2x8x8"
 
 
 @given(
@@ -437,7 +437,7 @@ def test_settings_are_read_and_named():
         DraftConfig,
         sparsity=st.sampled_from([0.0, 0.5, 0.875, 0.95]),
         budget=st.sampled_from(["head", "row"]),
-        tile=st.sampled_from([(8, 16), (4, 32), (1, 128)]),
+        tile=st.sampled_from([(8, 16), (4, 32), (2, 8, 8)]),
         dense_steps=st.none() | st.sampled_from([0.0, 0.25, 1.0]),
         dense_layers=st.none() | st.lists(st.integers(0, 40), max_size=3),
         backend=st.sampled_from(["auto", "torch"]),
@@ -631,11 +631,11 @@ def test_text_and_csv_of_a_table():
 
 
 def test_keys_depend_on_everything_but_the_order_of_options():
-    settings = [None, Setting(), Setting(DraftConfig(budget="row")), Setting(selection="random")]
+    settings = [None, Setting(), Setting(DraftConfig(budget="head")), Setting(selection="random")]
     keys = {key(p, seed, setting) for p in ("a", "b") for seed in (0, 1) for setting in settings}
     assert len(keys) == 16
-    assert key("a", 0, parse_setting("budget=row,sparsity=0.5")) == key(
-        "a", 0, parse_setting("sparsity=0.5,budget=row")
+    assert key("a", 0, parse_setting("budget=head,sparsity=0.5")) == key(
+        "a", 0, parse_setting("sparsity=0.5,budget=head")
     )
 
 

@@ -15,7 +15,7 @@ from diffusers import DDIMScheduler, FlowMatchEulerDiscreteScheduler
 from models import TINY, Loop, error, forward, patched, processors
 from tiny_cross import raster
 
-from diffusers_draft import enable_draft_attention, layout
+from diffusers_draft import DraftConfig, enable_draft_attention, layout
 from diffusers_draft.families import coordinates
 from diffusers_draft.families.coordinates import from_arguments, videos
 from diffusers_draft.families.kandinsky import KANDINSKY6
@@ -415,7 +415,7 @@ def test_index_tensors_of_old_grids_are_let_go() -> None:
     enable_draft_attention(model)
     layout.token_layout.cache_clear()
     forward(model, tiny.inputs())
-    old = weakref.ref(layout.token_layout(models.RAGGED, 0, 663, (8, 16), torch.device("cpu")).order)
+    old = weakref.ref(layout.token_layout(models.RAGGED, 0, 663, DraftConfig.tile, torch.device("cpu")).order)
     assert layout.token_layout.cache_info().currsize == 1
     for columns in range(3, 13):
         forward(model, tiny.inputs(grid=(2, 3, columns)))

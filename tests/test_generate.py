@@ -61,7 +61,7 @@ def test_writes_the_video_of_a_plain_pipeline_call(name, layers, steps, folder, 
     out = tmp_path / "new" / "video.mp4"
     generate("--model", folder / name, *SMALL, "--sparsity", "0.8", "--seed", "3", "--output", out)
     printed = capsys.readouterr().out
-    assert "sparsity 0.8 by head" in printed
+    assert "sparsity 0.8 by row" in printed
     assert "grid      (3, 13, 17) = 663 video tokens" in printed
     assert f"layers    {layers}" in printed and f"steps     {steps}" in printed
     assert re.search(r"Denoising took \d+\.\d s, the whole call \d+\.\d s\.", printed)

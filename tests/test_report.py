@@ -76,11 +76,11 @@ def test_after_a_run() -> None:
     assert report.backend == "torch"
     assert "cpu" in report.backend_reason
     assert str(handle.report()) == (
-        "transformer: Wan 2.1 and 2.2, sparsity 0.5 by head\n"
+        "transformer: Wan 2.1 and 2.2, sparsity 0.5 by row\n"
         f"  backend   torch ({report.backend_reason})\n"
         "  grid      (3, 13, 17) = 663 video tokens\n"
         "  blocks    6 of 128 tokens, 5 of them video\n"
-        "  density   0.639 (layers from 0.639 to 0.639)\n"
+        "  density   0.583 (layers from 0.583 to 0.583)\n"
         "  layers    2 sparse, 1 dense\n"
         "  steps     4 sparse, 2 dense\n"
         "  dense     8 by step, 12 by layer"

@@ -18,7 +18,7 @@ from torch.nn.functional import scaled_dot_product_attention
 
 from .. import dispatch
 from ..api import enable_draft_attention
-from ..config import Budget
+from ..config import Budget, DraftConfig
 from ..families import family_of
 from ..ulysses import Exchange
 from .measure import Time, measure
@@ -73,6 +73,8 @@ def run(
 ) -> Iterator[Step]:
     """Measures attention as diffusers ships it, none at all, the best dense kernels, and draft attention.
 
+    Its blocks are the paper's.
+
     Args:
         name: key of `MODELS`.
         sparsity: the model's own where None.
@@ -98,7 +100,7 @@ def run(
     inputs = model.inputs(SHAPES[model.shape], device, dtype)
     if compiled:
         transformer.compile_repeated_blocks(fullgraph=True)
-    options: dict[str, Any] = {"dense_steps": 0, "dense_layers": ()}
+    options: dict[str, Any] = {"dense_steps": 0, "dense_layers": (), "tile": DraftConfig.paper().tile}
     sparsity = model.sparsity if sparsity is None else sparsity
 
     def step(name: str) -> Step:

@@ -22,7 +22,7 @@ def add_parser(subparsers: argparse._SubParsersAction) -> None:
     parser.add_argument("--prompt", required=True, help="what the video shall show")
     parser.add_argument("--seed", type=int, default=0, help="of the noise (default: 0)")
     parser.add_argument("--sparsity", type=float, default=0.9, help="share of the block pairs to skip (default: 0.9)")
-    parser.add_argument("--budget", choices=["head", "row"], default="head")
+    parser.add_argument("--budget", choices=["row", "head"], default="row", help="default: row; the paper: head")
     parser.add_argument(
         "--dense-steps", type=float, metavar="SHARE", help="of the run that stays dense (default: as in the paper)"
     )

@@ -9,6 +9,9 @@ from typing import Any
 from ..config import DraftConfig
 from .selection import SELECTIONS
 
+ALWAYS_NAMED = ("sparsity", "budget", "tile")
+"""Options that a setting's name shows even if they are the default, which may change after a study was recorded."""
+
 
 @dataclass(frozen=True)
 class Setting:
@@ -30,9 +33,9 @@ class Setting:
 
     @property
     def name(self) -> str:
-        """Sparsity, budget and all options that are not the default, in the form that `parse_setting` reads."""
+        """Sparsity, budget, tile and all options that are not the default, in the form that `parse_setting` reads."""
         defaults = Setting().options
-        shown = {k: v for k, v in self.options.items() if k in ("sparsity", "budget") or v != defaults[k]}
+        shown = {k: v for k, v in self.options.items() if k in ALWAYS_NAMED or v != defaults[k]}
         return ",".join(f"{key}={_text(key, value)}" for key, value in shown.items())
 
 

@@ -23,11 +23,12 @@ def table(clips: Sequence[Json], attention: Sequence[Json] = ()) -> list[Json]:
         attention: records of attention calls.
 
     Returns:
-        Rows with `setting`, `prompts`, `clips` and one `Estimate` for each column that was measured. `seconds` and
-        `speedup`, the ratio to the dense run of the same prompt and seed, leave out each process's first clip of a
-        setting, which pays for warming up, where there are others.
+        Rows with `setting`, `prompts`, `clips` and one `Estimate` for each column that was measured in all clips.
+        `seconds` and `speedup`, the ratio to the dense run of the same prompt and seed, leave out each process's first
+        clip of a setting, which pays for warming up, where there are others.
     """
     dense = {(clip["prompt"], clip["seed"]): clip for clip in clips if clip["setting"] == "dense"}
+    timed = all("seconds" in clip for clip in clips)
     rows = []
     for name in dict.fromkeys(clip["setting"] for clip in clips):
         mine = [clip for clip in clips if clip["setting"] == name]
@@ -35,16 +36,21 @@ def table(clips: Sequence[Json], attention: Sequence[Json] = ()) -> list[Json]:
         for column in CLIP_COLUMNS:
             if all(column in clip for clip in mine):
                 row[column] = over_prompts(mine, itemgetter(column))
-        timed = [c for c in mine if c["warm"] and dense[c["prompt"], c["seed"]]["warm"]] or mine
-        row["seconds"] = over_prompts(timed, itemgetter("seconds"))
-        if name != "dense":
-            row["speedup"] = over_prompts(timed, lambda c: dense[c["prompt"], c["seed"]]["seconds"] / c["seconds"])
+        row |= _times(mine, dense) if timed else {}
         looked_at = [record for record in attention if record["setting"] == name]
         for column in ATTENTION_COLUMNS if looked_at else ():
             means = [r | {column: np.mean([call[column] for call in r["calls"]])} for r in looked_at]
             row[f"attention_{column}"] = over_prompts(means, itemgetter(column))
         rows.append(row)
     return rows
+
+
+def _times(clips: Sequence[Json], dense: dict[tuple[str, int], Json]) -> Json:
+    warm = [c for c in clips if c["warm"] and dense[c["prompt"], c["seed"]]["warm"]] or clips
+    times: Json = {"seconds": over_prompts(warm, itemgetter("seconds"))}
+    if clips[0]["setting"] != "dense":
+        times["speedup"] = over_prompts(warm, lambda c: dense[c["prompt"], c["seed"]]["seconds"] / c["seconds"])
+    return times
 
 
 def over_prompts(records: Sequence[Json], value: Callable[[Json], Any]) -> Estimate:
