@@ -12,6 +12,7 @@ import sys
 import time
 import types
 from importlib.machinery import ModuleSpec
+from importlib.resources import files
 
 import checkpoints
 import imageio
@@ -317,7 +318,9 @@ def test_vbench_scores_the_videos_of_every_setting(folder, done, tmp_path, monke
     assert "leave --no-videos out" in fails(arguments(folder, tmp_path, "--vbench", "--no-videos"), capsys)
     scores = json.loads((tmp_path / "results.json").read_text())["vbench"]
     assert list(scores) == ["dense", "sparsity=0.5,budget=row,tile=2x8x8"]
-    assert scores["dense"]["motion_smoothness"] == scores["sparsity=0.5,budget=row,tile=2x8x8"]["imaging_quality"] == 0.3
+    assert (
+        scores["dense"]["motion_smoothness"] == scores["sparsity=0.5,budget=row,tile=2x8x8"]["imaging_quality"] == 0.3
+    )
 
 
 def test_without_videos_the_numbers_are_the_same(folder, done, tmp_path):
@@ -606,6 +609,30 @@ def test_times_leave_the_warm_up_out():
     assert table(clips)[1]["seconds"].mean == 4
     assert table(clips)[1]["speedup"].mean == 2
     assert table([c for c in clips if c["prompt"] == "a"])[1]["seconds"].mean == 100
+
+
+def test_no_times_where_clips_have_none():
+    clips = [{k: v for k, v in clip(s, "a", 0, 8, psnr=10).items() if k != "seconds"} for s in ("dense", "s")]
+    assert not {"seconds", "speedup"} & set().union(*table(clips))
+
+
+RECORDED = sorted((files("diffusers_draft.evaluation") / "recorded").iterdir())
+
+
+@pytest.mark.parametrize("path", RECORDED, ids=lambda path: path.stem)
+def test_the_numbers_of_the_study_come_back_from_its_clips(path, capsys):
+    assert len(RECORDED) == 3
+    record = json.loads(path.read_text())
+    rows = read_results(path)
+    assert {row["prompts"] for row in record["rows"] if "selection=" not in row["setting"]} == {64}
+    assert [row["setting"] for row in rows] == [row["setting"] for row in record["rows"]]
+    for row, old in zip(rows, record["rows"], strict=True):
+        assert row.keys() == old.keys()
+        for column in row.keys() - {"setting", "prompts", "clips"}:
+            assert dataclasses.asdict(row[column]) == pytest.approx(old[column])
+        assert row["setting"] == "dense" or parse_setting(row["setting"]).name == row["setting"]
+    assert main(["table", str(path)]) == 0
+    assert as_text(rows) in capsys.readouterr().out
 
 
 def test_text_and_csv_of_a_table():

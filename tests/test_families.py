@@ -221,8 +221,9 @@ def test_hunyuan_custom() -> None:
 
     def oracle(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
         kv_len = video + torch.tensor(lengths)
-        options: Any = dict(sparsity=0.9, budget="head", tile=(8, 16), backend="reference")
-        return draft_attention(query, key, value, grid, kv_len=kv_len, **options)
+        return draft_attention(
+            query, key, value, grid, sparsity=0.9, budget="head", tile=(8, 16), kv_len=kv_len, backend="reference"
+        )
 
     dense = forward(model, inputs)
     with attention_replaced(model, ("transformer_blocks.2.attn", "single_transformer_blocks.0.attn"), oracle):
