@@ -80,6 +80,18 @@ class DraftConfig:
         return replace(cls.paper(sparsity), dense_timestep=975.0)
 
 
+def parse_tile(text: str) -> Tile:
+    """Reads a tile such as `"2x8x8"`.
+
+    Raises:
+        ValueError: if that is not what the text is.
+    """
+    sizes = text.split("x")
+    if not all(size.isdecimal() for size in sizes):
+        raise ValueError(f"A tile is numbers of tokens joined by x, as in 2x8x8, got {text!r}.")
+    return tuple(map(int, sizes))
+
+
 def check_grid(grid: tuple[int, int, int], prefix: int) -> None:
     """Raises ValueError for a grid that is not three positive counts, or a negative prefix."""
     if not _are_counts(grid, 3):

@@ -66,7 +66,7 @@ def to_tokens(out: Tensor, group: str, size: int, split: int) -> Tensor:
     came = out.new_empty(size, split + len(behind), *rows.shape[1:])
     works = _swap(ranks, video.chunk(size), came[:, :split].unbind())
     if len(behind):
-        works += _swap(ranks, [behind] * size, came[:, split:].unbind())
+        works += _swap(ranks, [_packed(behind)] * size, came[:, split:].unbind())
     _wait(works)
     whole = out.new_empty(out.shape[0], came.shape[1], size, *out.shape[2:])
     _copy(whole, came.permute(2, 1, 0, 3, 4))
@@ -95,7 +95,7 @@ def _swap(ranks: dist.ProcessGroup, sent: Sequence[Tensor], received: Sequence[T
             peer = dist.get_global_rank(ranks, rank)
             operations.append(dist.P2POp(dist.isend, _packed(sent[rank]), peer, ranks))
             operations.append(dist.P2POp(dist.irecv, received[rank], peer, ranks))
-    works = dist.batch_isend_irecv(operations)
+    works = dist.batch_isend_irecv(operations) if operations else []
     _copy(received[ranks.rank()], sent[ranks.rank()])
     return [(work, operations) for work in works]
 

@@ -22,7 +22,7 @@ from diffusers import ContextParallelConfig, HunyuanVideoTransformer3DModel, Wan
 from models import TINY, Grid, build
 from torch import Tensor
 
-from diffusers_draft import enable_draft_attention, plain
+from diffusers_draft import enable_draft_attention, plain, transfer
 from diffusers_draft.bench import models as bench_models
 from diffusers_draft.bench import step as bench_step
 from diffusers_draft.bench.shapes import Shape
@@ -127,15 +127,32 @@ def causal(name: str, grid: Grid) -> dict[str, int]:
     return handle.report().transformers[0].dense_calls
 
 
-def exchanged(whole: Tensor, behind: int) -> tuple[list[Tensor], Tensor]:
-    """What a rank gets of `(3, B, S, H, D)`, and its tokens of the query that comes back; all of it strided."""
-    size, rank = dist.get_world_size(), dist.get_rank()
+def exchanged(whole: Tensor, behind: int, groups: list[list[int]] | None = None) -> tuple[list[Tensor], Tensor]:
+    """What a rank gets of `(3, B, S, H, D)`, and its tokens of the query that comes back; all of it strided.
+
+    Each of several groups has tensors of its own: its number is added.
+    """
+    group: Any = dist.group.WORLD
+    for number, made in enumerate(map(dist.new_group, groups or [])):
+        if dist.get_rank() in groups[number]:  # type: ignore[index]
+            group, whole = made, whole + number
+    size, rank = group.size(), group.rank()
     video = whole.shape[2] - behind
     mine = [*range(rank * video // size, (rank + 1) * video // size), *range(video, whole.shape[2])]
     query, key, value = whole[:, :, mine].transpose(2, 3).contiguous().transpose(2, 3)
-    exchange = Exchange(dist.group.WORLD, video, behind > 0)  # type: ignore[arg-type]
+    exchange = Exchange(group, video, behind > 0)
     heads = exchange.to_heads(query, key, value)
     return heads, exchange.to_tokens(heads[0].transpose(1, 2).contiguous().transpose(1, 2))
+
+
+def operators() -> dict[str, str]:
+    """What torch's own checks say of the operators: schema, fake results and tracing."""
+    name, sizes = dist.group.WORLD.group_name, [5, 5 + 3]  # type: ignore[union-attr]
+    tensors = [torch.randn(2, 5 + 3, 4, 8) for _ in range(3)]
+    calls = {"to_heads": (*tensors, name, sizes), "to_tokens": (torch.randn(2, 2 * 5 + 3, 2, 8), name, 2, 5)}
+    utils = ("test_schema", "test_faketensor")
+    found = {op: torch.library.opcheck(getattr(transfer, op), args, test_utils=utils) for op, args in calls.items()}
+    return {op: " ".join(set(results.values())) for op, results in found.items()}
 
 
 def split_twice() -> str:

@@ -221,7 +221,7 @@ def test_compiled_model_follows_every_change(way: str) -> None:
     inputs = wan_inputs()
     stock = eager(**inputs).sample
     assert error(transformer(**inputs).sample, stock) < models.FLOAT32_ERROR
-    for settings in (dict(sparsity=0.9), dict(sparsity=0.4, dense_layers=()), dict(sparsity=0.9, budget="row")):
+    for settings in (dict(sparsity=0.9), dict(sparsity=0.4, dense_layers=()), dict(sparsity=0.9, budget="head")):
         for model in (transformer, eager):
             enable_draft_attention(model, **settings)
         sparse = eager(**inputs).sample

@@ -28,8 +28,8 @@ def a_layout(num_video: int, num_anchors: int, block: int = 16) -> TokenLayout:
 
 
 @pytest.mark.parametrize("head_dim", [40, 64, 96, 128])
-@pytest.mark.parametrize("tile", [(8, 16), (4, 4), (3, 16)])
-def test_order_and_restore(head_dim: int, tile: tuple[int, int]) -> None:
+@pytest.mark.parametrize("tile", [(8, 16), (4, 4), (3, 16), (2, 4, 4)])
+def test_order_and_restore(head_dim: int, tile: tuple[int, ...]) -> None:
     x = tokens(2, 2 * 13 * 7 + 45, 3, head_dim)
     layout = token_layout((2, 13, 7), 5, x.shape[1], tile, DEVICE)
     ordered, means = fused.order(x, layout)

@@ -12,7 +12,7 @@ import torch
 from diffusers import DiffusionPipeline, FlowMatchEulerDiscreteScheduler, WanPipeline
 from PIL import Image
 
-from diffusers_draft import enable_draft_attention
+from diffusers_draft import DraftConfig, enable_draft_attention
 from diffusers_draft.cli import main
 from diffusers_draft.demo.model import WEIGHTS
 from diffusers_draft.generation import video
@@ -53,15 +53,18 @@ def one_line(capsys):
     return line
 
 
+PAPER = ("--budget", "head", "--tile", "8x16")
+
+
 @pytest.mark.parametrize(
     ("name", "layers", "steps"),
     [("wan", "2 sparse, 1 dense", "3 sparse, 1 dense"), ("hunyuan_video", "3 sparse, 2 dense", "2 sparse, 2 dense")],
 )
 def test_writes_the_video_of_a_plain_pipeline_call(name, layers, steps, folder, tmp_path, capsys):
     out = tmp_path / "new" / "video.mp4"
-    generate("--model", folder / name, *SMALL, "--sparsity", "0.8", "--seed", "3", "--output", out)
+    generate("--model", folder / name, *SMALL, "--sparsity", "0.8", *PAPER, "--seed", "3", "--output", out)
     printed = capsys.readouterr().out
-    assert "sparsity 0.8 by row" in printed
+    assert "sparsity 0.8 by head" in printed
     assert "grid      (3, 13, 17) = 663 video tokens" in printed
     assert f"layers    {layers}" in printed and f"steps     {steps}" in printed
     assert re.search(r"Denoising took \d+\.\d s, the whole call \d+\.\d s\.", printed)
@@ -71,7 +74,7 @@ def test_writes_the_video_of_a_plain_pipeline_call(name, layers, steps, folder, 
     assert [path.name for path in out.parent.iterdir()] == ["video.mp4"]
 
     pipe = DiffusionPipeline.from_pretrained(folder / name)
-    enable_draft_attention(pipe, 0.8)
+    enable_draft_attention(pipe, config=DraftConfig.paper(0.8))
     noise = torch.Generator().manual_seed(3)
     expected = pipe(prompt="a red circle", **CALL, generator=noise, output_type="np").frames[0]
     other = pipe(prompt="a red circle", **CALL, generator=noise, output_type="np").frames[0]
@@ -215,6 +218,7 @@ def test_pipeline_class_follows_the_model_index():
         ("image", [], "The model is a FluxPipeline. Supported are WanPipeline"),
         ("broken", [], "broken"),
         ("wan", ["--sparsity", "1.5"], "sparsity must be in [0, 1), got 1.5"),
+        ("wan", ["--tile", "8by8"], "A tile is numbers of tokens joined by x, as in 2x8x8, got '8by8'"),
         ("wan", ["--dense-steps", "2"], "dense_steps is a share of the run"),
         ("wan", ["--backend", "magic"], "Unknown backend 'magic'"),
         ("wan", ["--backend", "triton"], "Backend 'triton' needs "),

@@ -60,7 +60,7 @@ def exact(monkeypatch: pytest.MonkeyPatch) -> list[Tensor]:
     return results
 
 
-@pytest.mark.parametrize("budget", ["head", "row"])
+@pytest.mark.parametrize(("budget", "tile"), [("head", (8, 16)), ("row", (2, 8, 8))], ids=str)
 @pytest.mark.parametrize(
     ("grid", "prefix", "text", "kv_len"),
     [
@@ -76,15 +76,15 @@ def exact(monkeypatch: pytest.MonkeyPatch) -> list[Tensor]:
 )
 @pytest.mark.parametrize("backend", FUSED_BACKENDS)
 def test_a_backend_equals_the_reference_under_the_selected_mask(
-    exact, backend, dtype, head_dim, grid, prefix, text, kv_len, budget
+    exact, backend, dtype, head_dim, grid, prefix, text, kv_len, budget, tile
 ):
     need(backend, dtype, head_dim)
     seq_len = prefix + grid[0] * grid[1] * grid[2] + text
     query, key, value = tensors(2, seq_len, 3, head_dim, dtype)
     lengths = None if kv_len is None else torch.tensor(kv_len, device=DEVICE)
-    options = dict(prefix=prefix, kv_len=lengths, sparsity=0.7, budget=budget)
+    options = dict(prefix=prefix, kv_len=lengths, sparsity=0.7, budget=budget, tile=tile)
     out = draft_attention(query, key, value, grid, backend=backend, **options)
-    inverse = token_layout(grid, prefix, seq_len, (8, 16), DEVICE).inverse
+    inverse = token_layout(grid, prefix, seq_len, tile, DEVICE).inverse
     assert oracle.error(out, exact[0][:, inverse].double()) <= ERROR[dtype]
 
 

@@ -14,6 +14,7 @@ from ranks import SPARSE, Outcome, outcome
 from diffusers_draft.bench.step import NO_ATTENTION, ONE_GPU
 from diffusers_draft.families import families
 from diffusers_draft.parallel import enable_parallelism
+from diffusers_draft.transfer import _in_words
 
 __all__ = ["pool"]
 
@@ -33,7 +34,7 @@ def check(found: list[Any], expected: Outcome) -> None:
 
 @pytest.mark.parametrize("ranks", [2, 4])
 @pytest.mark.parametrize("name", ["wan 4 heads", "hunyuan_video 4 heads"])
-@pytest.mark.parametrize("draft", [SPARSE, SPARSE | dict(budget="row", dense_layers=(1,)), DENSE_STEP, None])
+@pytest.mark.parametrize("draft", [SPARSE, SPARSE | dict(budget="head", dense_layers=(1,)), DENSE_STEP, None])
 def test_as_in_one_process(pool: Pool, name: str, ranks: int, draft: Any) -> None:
     case = (name, 2, EVEN, draft)
     expected = outcome(*case)
@@ -62,18 +63,37 @@ def test_the_method_of_diffusers_on_wan(pool: Pool, split_when: str) -> None:
     check(pool.run(2, "outcome", *case, split_when, "diffusers"), outcome(*case))
 
 
-@pytest.mark.parametrize("behind", [0, 5])
+@pytest.mark.parametrize(("batch", "behind"), [(1, 5), (2, 5), (2, 0)])
 @pytest.mark.parametrize(("dtype", "head_dim"), [(torch.bfloat16, 8), (torch.bfloat16, 6), (torch.float32, 3)])
-def test_what_the_ranks_exchange(pool: Pool, dtype: torch.dtype, head_dim: int, behind: int) -> None:
+def test_what_the_ranks_exchange(pool: Pool, dtype: torch.dtype, head_dim: int, batch: int, behind: int) -> None:
     """Copies in words of 8 bytes, and of head sizes that no word fits."""
-    whole = torch.randn(3, 2, 4 * 7 + behind, 8, head_dim).to(dtype)
+    whole = torch.randn(3, batch, 4 * 7 + behind, 8, head_dim).to(dtype)
     for rank, (heads, tokens) in enumerate(pool.run(4, "exchanged", whole, behind)):
         assert torch.equal(torch.stack(heads), whole[..., 2 * rank : 2 * rank + 2, :])
         assert torch.equal(tokens, torch.cat((whole[0, :, 7 * rank : 7 * rank + 7], whole[0, :, 28:]), dim=1))
 
 
+def test_two_groups_exchange_among_themselves(pool: Pool) -> None:
+    whole = torch.randn(3, 2, 2 * 7 + 5, 8, 16)
+    for rank, (heads, tokens) in enumerate(pool.run(4, "exchanged", whole, 5, [[0, 2], [1, 3]])):
+        place = rank // 2
+        assert torch.equal(torch.stack(heads), whole[..., 4 * place : 4 * place + 4, :] + rank % 2)
+        assert torch.equal(tokens, torch.cat((whole[0, :, 7 * place : 7 * place + 7], whole[0, :, 14:]), 1) + rank % 2)
+
+
+def test_the_operators_are_what_they_say(pool: Pool) -> None:
+    for found in pool.run(2, "operators"):
+        assert found == {"to_heads": "SUCCESS", "to_tokens": "SUCCESS"}
+
+
+def test_copies_in_words_only_where_words_fit() -> None:
+    base = torch.zeros(6, 16, dtype=torch.bfloat16)
+    assert all(map(_in_words, (base, base[:, 4:8], base[::2], base.view(2, 3, 16).transpose(0, 1))))
+    assert not any(map(_in_words, (base[:, :6], base[:, 2:6], base[:, ::2], base.T, base.view(-1)[:90].view(6, 15))))
+
+
 def test_every_rank_computes_the_same_number_of_pairs(pool: Pool) -> None:
-    found = pool.run(4, "outcome", "wan 4 heads", 1, EVEN, SPARSE, "before")
+    found = pool.run(4, "outcome", "wan 4 heads", 1, EVEN, SPARSE | dict(budget="head"), "before")
     assert all(rank[1] for rank in found)
     assert len({sum(kept.sum().item() for kept in rank[1]) for rank in found}) == 1
     assert len({rank[2] for rank in found}) == 1  # the reports: density, steps, layers

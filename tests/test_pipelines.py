@@ -162,7 +162,11 @@ def test_wan_image_to_video_pipeline() -> None:
 
 
 def test_pipelines_with_different_settings_do_not_disturb_each_other() -> None:
-    settings = [dict(sparsity=0.9), dict(sparsity=0.5, budget="row", dense_steps=0.5), dict(sparsity=0.7, tile=(4, 8))]
+    settings = [
+        dict(sparsity=0.9),
+        dict(sparsity=0.5, budget="head", dense_steps=0.5),
+        dict(sparsity=0.7, tile=(4, 8)),
+    ]
     pipes = [models.wan_pipeline() for _ in settings]
     stock = run_wan(pipes[0])
     handles = [enable_draft_attention(pipe, **options) for pipe, options in zip(pipes, settings, strict=True)]
@@ -196,7 +200,7 @@ def test_two_families_interleaved_step_by_step() -> None:
 def test_two_threads() -> None:
     settings = {
         "wan": DraftConfig(sparsity=0.9),
-        "wan_22": DraftConfig(sparsity=0.6, budget="row", dense_steps=0.25),
+        "wan_22": DraftConfig(sparsity=0.6, budget="head", dense_steps=0.25),
         "hunyuan_video_true_cfg": DraftConfig(sparsity=0.8, dense_layers=(0,)),
     }
     pipes = {name: RUNS[name][0]() for name in settings}

@@ -41,11 +41,11 @@ def masks(monkeypatch: pytest.MonkeyPatch) -> list[BlockMask]:
 
 
 def test_before_any_call() -> None:
-    handle = enable_draft_attention(models.wan(), sparsity=0.75, budget="row")
+    handle = enable_draft_attention(models.wan(), sparsity=0.75, budget="head")
     report = one(handle)
     assert report.component == "transformer"
     assert report.family == "Wan 2.1 and 2.2"
-    assert report.config == handle.config == DraftConfig(sparsity=0.75, budget="row")
+    assert report.config == handle.config == DraftConfig(sparsity=0.75, budget="head")
     assert report.attached
     assert report.backend is report.backend_reason is report.grid is report.blocks is report.density is None
     assert report.densities == {"blocks.1.attn1": None, "blocks.2.attn1": None}
@@ -53,7 +53,7 @@ def test_before_any_call() -> None:
     assert report.steps == report.forwards == {"dense": 0, "sparse": 0}
     assert report.dense_calls == {"step": 0, "layer": 0, "mask": 0, "replacement": 0}
     assert str(handle.report()) == (
-        "transformer: Wan 2.1 and 2.2, sparsity 0.75 by row\n"
+        "transformer: Wan 2.1 and 2.2, sparsity 0.75 by head\n"
         "  backend   not chosen yet\n"
         "  density   no sparse call yet\n"
         "  layers    2 sparse, 1 dense\n"

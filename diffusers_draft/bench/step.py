@@ -73,7 +73,7 @@ def run(
 ) -> Iterator[Step]:
     """Measures attention as diffusers ships it, none at all, the best dense kernels, and draft attention.
 
-    Its blocks are the paper's.
+    Draft attention's blocks are the paper's.
 
     Args:
         name: key of `MODELS`.

@@ -40,7 +40,7 @@ def _add_attention(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--batch", type=int, default=1)
     parser.add_argument("--sparsity", type=float, nargs="+", default=[0.9])
     parser.add_argument("--budget", nargs="+", choices=["head", "row"], default=["head", "row"])
-    parser.add_argument("--tile", type=int, nargs="+", default=[8, 16])
+    parser.add_argument("--tile", type=int, nargs="+", default=[8, 16], help="default: the paper's 8 16")
     parser.add_argument("--backend", nargs="+", help="default: every backend but the reference")
     parser.add_argument("--dtype", choices=["float32", "float16", "bfloat16"], help="default: float32 on CPU")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
@@ -55,7 +55,7 @@ def _add_attention(parser: argparse.ArgumentParser) -> None:
 def _add_model(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--model", choices=sorted(MODELS), default="hunyuan-13b-768p")
     parser.add_argument("--sparsity", type=float, help="default: the paper's for the model")
-    parser.add_argument("--budget", choices=["head", "row"], default="head")
+    parser.add_argument("--budget", choices=["head", "row"], default="head", help="default: the paper's head")
     parser.add_argument("--backend", default="auto")
     parser.add_argument("--compile", action="store_true", help="compile the repeated blocks")
     parser.add_argument("--steps", type=int, default=50, help="steps of the run to predict")

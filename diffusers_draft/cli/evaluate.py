@@ -10,8 +10,8 @@ from .model_options import CALL, add_model_options, call, check_packages, image,
 
 LISTS = {
     "sparsity": "for example 0.5 0.75 0.9",
-    "budget": "head row",
-    "tile": "for example 8x16 16x8",
+    "budget": "row head (default: row)",
+    "tile": "for example 2x8x8 8x16 (default: 2x8x8)",
     "dense-steps": "for example 0 0.25",
     "dense-layers": "for example none 0 0+1",
     "backend": "for example torch triton",

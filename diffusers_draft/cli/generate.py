@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from .. import DraftConfig, enable_draft_attention
+from ..config import parse_tile
 from . import CommandError, one_line
 from .model_options import add_model_options, call, check_packages, image, loaded
 from .ranks import Ranks, add_ulysses, together
@@ -23,6 +24,7 @@ def add_parser(subparsers: argparse._SubParsersAction) -> None:
     parser.add_argument("--seed", type=int, default=0, help="of the noise (default: 0)")
     parser.add_argument("--sparsity", type=float, default=0.9, help="share of the block pairs to skip (default: 0.9)")
     parser.add_argument("--budget", choices=["row", "head"], default="row", help="default: row; the paper: head")
+    parser.add_argument("--tile", default="2x8x8", help="tokens of a block (default: 2x8x8; the paper: 8x16)")
     parser.add_argument(
         "--dense-steps", type=float, metavar="SHARE", help="of the run that stays dense (default: as in the paper)"
     )
@@ -51,7 +53,11 @@ def _run(args: argparse.Namespace, ranks: Ranks) -> None:
 
     with one_line(ValueError, OSError):
         config = DraftConfig(
-            sparsity=args.sparsity, budget=args.budget, dense_steps=args.dense_steps, backend=args.backend
+            sparsity=args.sparsity,
+            budget=args.budget,
+            tile=parse_tile(args.tile),
+            dense_steps=args.dense_steps,
+            backend=args.backend,
         )
         if ranks.first:
             check_writable(args.output)

@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from typing import Any
 
-from ..config import DraftConfig
+from ..config import DraftConfig, parse_tile
 from .selection import SELECTIONS
 
 ALWAYS_NAMED = ("sparsity", "budget", "tile")
@@ -39,10 +39,6 @@ class Setting:
         return ",".join(f"{key}={_text(key, value)}" for key, value in shown.items())
 
 
-def _tile(text: str) -> tuple[int, ...]:
-    return tuple(int(size) for size in text.split("x"))
-
-
 def _layers(text: str) -> tuple[int, ...]:
     return () if text == "none" else tuple(int(index) for index in text.split("+"))
 
@@ -56,7 +52,7 @@ def _selection(text: str) -> str:
 PARSERS: dict[str, Callable[[str], Any]] = {
     "sparsity": float,
     "budget": str,
-    "tile": _tile,
+    "tile": parse_tile,
     "dense_steps": float,
     "dense_timestep": float,
     "dense_layers": _layers,
