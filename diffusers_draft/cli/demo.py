@@ -30,7 +30,7 @@ def add_parser(subparsers: argparse._SubParsersAction) -> None:
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )
     parser.add_argument("--prompt", default=PROMPT, help="in the words that the model knows")
-    parser.add_argument("--sparsity", type=float, default=0.8, help="share of the video block pairs to skip")
+    parser.add_argument("--sparsity", type=float, default=0.9, help="share of the video block pairs to skip")
     parser.add_argument("--steps", type=int, default=14, help="denoising steps")
     parser.add_argument("--seed", type=int, default=0, help="seed of the noise")
     parser.add_argument("--frames", type=int, default=17, help="frames of the video, an odd number")
