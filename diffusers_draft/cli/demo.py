@@ -47,16 +47,14 @@ def run(args: argparse.Namespace) -> None:
         CommandError: for arguments out of range, a missing package or a folder that cannot be written.
     """
     config = _checked_config(args)
-    check_packages("demo", "ftfy")  # the pipeline imports it when it reads a prompt
-    try:
-        from ..demo import model, pictures
-        from ..demo.capture import captured
-        from ..evaluation.metrics import fidelity, fidelity_metrics
-        from ..generation.run import Clip, call_arguments
-        from ..generation.run import run as generate
-        from ..generation.video import check_writable, write_video
-    except ImportError as error:
-        raise CommandError(f"{error}. Install what the demo needs: pip install 'diffusers-draft[demo]'") from error
+    check_packages("demo", "imageio", "imageio_ffmpeg", "transformers", "ftfy", "matplotlib", "torchmetrics")
+    from ..demo import model, pictures
+    from ..demo.capture import captured
+    from ..evaluation.metrics import fidelity, fidelity_metrics
+    from ..generation.run import Clip, call_arguments
+    from ..generation.run import run as generate
+    from ..generation.video import check_writable, write_video
+
     with one_line(OSError, ValueError):
         model.check_prompt(args.prompt)
         check_writable(args.output / VIDEO)
