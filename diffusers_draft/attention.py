@@ -90,13 +90,13 @@ def attend(
         The attention, `(B, S, H, D)`, and `kv_num_blocks`, `(B, H, N)` int32: what was really computed.
     """
     # Only compiled graphs need the opaque operator. Eager calls stay transparent to autograd.
-    run = _attend_op if torch.compiler.is_compiling() else _attend
+    run = _attend_op if torch.compiler.is_compiling() else attend_eager
     return run(
         query, key, value, geometry, kv_len, config.sparsity, list(config.tile), config.budget, config.backend, scale
     )
 
 
-def _attend(
+def attend_eager(
     query: Tensor,
     key: Tensor,
     value: Tensor,
@@ -108,6 +108,7 @@ def _attend(
     backend: str,
     scale: float | None,
 ) -> tuple[Tensor, Tensor]:
+    """As `attend`, which says what it takes; its numbers are read here."""
     frames, rows, columns, prefix = geometry.tolist()
     _check_tensors(query, key, value, kv_len, prefix + frames * rows * columns)
     _, seq_len, _, head_dim = query.shape
@@ -137,7 +138,7 @@ def steps_for(*tensors: Tensor) -> ModuleType:
     return importlib.import_module(".fused", __package__)
 
 
-_attend_op = torch.library.custom_op("diffusers_draft::attend", _attend, mutates_args=())
+_attend_op = torch.library.custom_op("diffusers_draft::attend", attend_eager, mutates_args=())
 
 
 @_attend_op.register_fake

@@ -80,9 +80,10 @@ def attention_call(state: State, config: DraftConfig, stock: Callable[..., Tenso
         split = context_parallel(parallel_config)
         if split and state.shared is not None:
             exchange = Exchange(split._ulysses_mesh.get_group(), state.shared.shape[0], state.whole_text)
-            query, key, value = exchange.to_heads(query, key, value)
-            attn_mask = exchange.whole_mask(attn_mask, query.shape[1])
         if masked or not state.sparse:
+            if exchange:
+                query, key, value = exchange.to_heads(query, key, value)
+                attn_mask = exchange.whole_mask(attn_mask, query.shape[1])
             out = stock(
                 query,
                 key,
@@ -104,8 +105,9 @@ def attention_call(state: State, config: DraftConfig, stock: Callable[..., Tenso
             )
         kv_len = None if attn_mask is None or state.kv_len is None else state.kv_len.to(query.device)
         state.kind = (query.dtype, query.shape[-1], needs_grad(query, key, value))
-        out, state.processor.kv_num_blocks = attend(query, key, value, state.geometry, kv_len, config, scale)
+        run = exchange.attend if exchange else attend
+        out, state.processor.kv_num_blocks = run(query, key, value, state.geometry, kv_len, config, scale)
         state.processor.kv_len = kv_len
-        return exchange.to_tokens(out) if exchange else out
+        return out
 
     return dispatch_attention_fn

@@ -1,10 +1,11 @@
 """What `ulysses.Exchange` sends: every part goes straight to its place, and a rank's own part is not sent.
 
-Custom ops, because torch's functional collectives return what came in tensors of their own, which would be copied once
-more, and pass a rank's own part through the communication kernel.
+Point to point, because torch's functional collectives return what came in tensors of their own, which would be copied
+once more, and pass a rank's own part through the communication kernel.
 """
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 import torch
 import torch.distributed as dist
@@ -13,96 +14,115 @@ from torch.distributed.distributed_c10d import _resolve_process_group
 
 WORD = torch.int64
 
-Underway = tuple[dist.Work, list[dist.P2POp]]
-"""What to wait for, and the operations whose tensors must live until then."""
+
+@dataclass(frozen=True)
+class Underway:
+    """A tensor that is being received.
+
+    Attributes:
+        tensor: not to be read before `wait`.
+        works: what to wait for, each with the operations whose tensors must live until then.
+    """
+
+    tensor: Tensor
+    works: list[tuple[dist.Work, list[dist.P2POp]]]
+
+    def wait(self) -> Tensor:
+        """What came."""
+        for work, _ in self.works:
+            work.wait()
+        return self.tensor
 
 
-@torch.library.custom_op("diffusers_draft::to_heads", mutates_args=())
-def to_heads(query: Tensor, key: Tensor, value: Tensor, group: str, tokens: list[int]) -> Tensor:
-    """All tokens of this rank's heads.
+def start_to_heads(
+    query: Tensor, key: Tensor, value: Tensor, ranks: dist.ProcessGroup, tokens: list[int], part: slice = slice(None)
+) -> Underway:
+    """Sends all tokens of each rank's heads to it.
 
     Args:
         query: `(B, S on this rank or more, H, D)`.
         key: as `query`.
         value: as `query`.
-        group: name of the ranks' process group.
+        ranks: the process group.
         tokens: how many come from each rank.
+        part: of each rank's heads.
 
     Returns:
-        `(3, S, B, H / ranks, D)`.
+        `(3, S, B, heads of the part, D)`.
     """
-    ranks = _ranks(group)
-    whole = query.new_empty(3, sum(tokens), query.shape[0], query.shape[2] // len(tokens), query.shape[3])
-    works: list[Underway] = []
+    parts = [
+        tensor[:, : tokens[ranks.rank()]].unflatten(2, (len(tokens), -1))[:, :, :, part]
+        for tensor in (query, key, value)
+    ]
+    batch, _, _, heads, head_dim = parts[0].shape
+    whole = query.new_empty(3, sum(tokens), batch, heads, head_dim)
+    works = []
     # One after the other: while the query is on its way, the key is made ready.
-    for tensor, received in zip((query, key, value), whole, strict=True):
-        by_rank = tensor[:, : tokens[ranks.rank()]].unflatten(2, (len(tokens), -1)).permute(2, 1, 0, 3, 4)
-        works += _swap(ranks, by_rank.unbind(), received.split(tokens))
-    _wait(works)
-    return whole
+    for tensor, received in zip(parts, whole, strict=True):
+        works += _swap(ranks, tensor.permute(2, 1, 0, 3, 4).unbind(), received.split(tokens))
+    return Underway(whole, works)
 
 
-@to_heads.register_fake
-def _(query, key, value, group, tokens):
-    return query.new_empty(3, sum(tokens), query.shape[0], query.shape[2] // len(tokens), query.shape[3])
-
-
-@torch.library.custom_op("diffusers_draft::to_tokens", mutates_args=())
-def to_tokens(out: Tensor, group: str, size: int, split: int) -> Tensor:
-    """This rank's tokens, of all heads.
+def start_to_tokens(out: Tensor, ranks: dist.ProcessGroup, split: int) -> Underway:
+    """Sends each rank its tokens of this rank's heads.
 
     Args:
-        out: `(B, S, H / ranks, D)`.
-        group: name of the ranks' process group.
-        size: number of ranks.
+        out: `(B, S, heads, D)`.
+        ranks: the process group.
         split: tokens of each rank; those behind all ranks' go to every rank.
 
     Returns:
-        `(B, S on this rank, H, D)`.
+        `(ranks, S on this rank, B, heads, D)`.
     """
-    ranks = _ranks(group)
     rows = out.transpose(0, 1)  # whole rows can be sent as they are if there is one sample
+    size = ranks.size()
     video, behind = rows[: size * split], rows[size * split :]
     came = out.new_empty(size, split + len(behind), *rows.shape[1:])
-    works = _swap(ranks, video.chunk(size), came[:, :split].unbind())
+    sent, received = [*video.chunk(size)], [*came[:, :split].unbind()]
     if len(behind):
-        works += _swap(ranks, [_packed(behind)] * size, came[:, split:].unbind())
-    _wait(works)
-    whole = out.new_empty(out.shape[0], came.shape[1], size, *out.shape[2:])
-    _copy(whole, came.permute(2, 1, 0, 3, 4))
+        sent += [_packed(behind)] * size
+        received += came[:, split:].unbind()
+    return Underway(came, _swap(ranks, sent, received))
+
+
+def place(parts: list[Tensor]) -> Tensor:
+    """Puts the parts of `start_to_tokens` together: `(B, S on this rank, H, D)`."""
+    ranks, tokens, batch, _, head_dim = parts[0].shape
+    whole = parts[0].new_empty(batch, tokens, ranks, sum(part.shape[3] for part in parts), head_dim)
+    for heads, part in zip(whole.split([part.shape[3] for part in parts], dim=3), parts, strict=True):
+        _copy(heads, part.permute(2, 1, 0, 3, 4))
     return whole.flatten(2, 3)
 
 
-@to_tokens.register_fake
-def _(out, group, size, split):
-    return out.new_empty(out.shape[0], out.shape[1] - (size - 1) * split, size * out.shape[2], out.shape[3])
+def group_named(name: str) -> dist.ProcessGroup:
+    """The process group of that `group_name`: operators take strings, not groups."""
+    return _resolve_process_group(name)  # type: ignore[arg-type]  # newer torch: a type of its own for names
 
 
-def _swap(ranks: dist.ProcessGroup, sent: Sequence[Tensor], received: Sequence[Tensor]) -> list[Underway]:
-    """Sends a part to each other rank and receives one from it; this rank's own is copied while they are on the way.
+def _swap(
+    ranks: dist.ProcessGroup, sent: Sequence[Tensor], received: Sequence[Tensor]
+) -> list[tuple[dist.Work, list[dist.P2POp]]]:
+    """Sends parts to each other rank and receives as many from it; this rank's own are copied meanwhile.
 
     Args:
         ranks: the process group.
-        sent: a part for each rank.
+        sent: one or more parts for each rank in turn.
         received: contiguous, as many.
 
     Returns:
-        What `_wait` waits for.
+        What to wait for, as in `Underway`.
     """
     operations = []
-    for rank in range(ranks.size()):
-        if rank != ranks.rank():
-            peer = dist.get_global_rank(ranks, rank)
-            operations.append(dist.P2POp(dist.isend, _packed(sent[rank]), peer, ranks))
-            operations.append(dist.P2POp(dist.irecv, received[rank], peer, ranks))
+    own = range(ranks.rank(), len(sent), ranks.size())
+    for index in range(len(sent)):
+        if index not in own:
+            peer = dist.get_global_rank(ranks, index % ranks.size())
+            operations.append(dist.P2POp(dist.isend, _packed(sent[index]), peer, ranks))
+            operations.append(dist.P2POp(dist.irecv, received[index], peer, ranks))
     works = dist.batch_isend_irecv(operations) if operations else []
-    _copy(received[ranks.rank()], sent[ranks.rank()])
+    for index in own:
+        _copy(received[index], sent[index])
     return [(work, operations) for work in works]
-
-
-def _wait(works: list[Underway]) -> None:
-    for work, _ in works:
-        work.wait()
 
 
 def _packed(tensor: Tensor) -> Tensor:
@@ -123,7 +143,3 @@ def _copy(into: Tensor, tensor: Tensor) -> None:
 def _in_words(tensor: Tensor) -> bool:
     lengths = (tensor.shape[-1], tensor.storage_offset(), *tensor.stride()[:-1])
     return tensor.stride(-1) == 1 and all(n * tensor.element_size() % WORD.itemsize == 0 for n in lengths)
-
-
-def _ranks(group: str) -> dist.ProcessGroup:
-    return _resolve_process_group(group)  # type: ignore[arg-type]  # newer torch: a type of its own for names

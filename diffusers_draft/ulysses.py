@@ -8,8 +8,9 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.nn import functional
 
+from .config import DraftConfig
 from .layout import Grid
-from .transfer import to_heads, to_tokens
+from .ulysses_ops import attend_over_ranks, to_heads, to_tokens
 
 
 class Exchange:
@@ -34,24 +35,34 @@ class Exchange:
             NotImplementedError: if a gradient is needed.
             RuntimeError: if this rank does not have its share of the tokens.
         """
-        tensors = (query, key, value)
-        if torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors):
-            raise NotImplementedError("No gradients flow between GPUs yet: run the transformer under torch.no_grad().")
-        split = self.shared // self.size
-        behind = query.shape[1] - split
-        if behind < 0 or (behind > 0 and not self.whole_text):
-            raise RuntimeError(
-                f"A GPU has {query.shape[1]} tokens, but its share of {self.shared} tokens is {split}: something "
-                "removed diffusers' hooks that split the model's inputs. Split the model before it is offloaded."
-            )
-        # The last rank sends what is behind the video: it arrives in its place, and nobody has to put it there.
-        tokens = [split] * (self.size - 1) + [split + behind]
-        whole = to_heads(query, key, value, self.group.group_name, tokens)
+        whole = to_heads(query, key, value, self.group.group_name, self._tokens(query, key, value))
         return [tensor.transpose(0, 1) for tensor in whole]
 
     def to_tokens(self, out: Tensor) -> Tensor:
         """`(B, S, H / ranks, D)` to `(B, S on this rank, H, D)`."""
         return to_tokens(out, self.group.group_name, self.size, self.shared // self.size)
+
+    def attend(
+        self,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        geometry: Tensor,
+        kv_len: Tensor | None,
+        config: DraftConfig,
+        scale: float | None = None,
+    ) -> tuple[Tensor, Tensor]:
+        """As `attention.attend`, of this rank's tokens, and `kv_num_blocks` of its heads.
+
+        It equals `to_heads`, `attend` and `to_tokens`, but some heads attend while others are on their way.
+
+        Raises:
+            NotImplementedError: if a gradient is needed.
+            RuntimeError: if this rank does not have its share of the tokens.
+        """
+        where = self.group.group_name, self._tokens(query, key, value)
+        how = config.sparsity, list(config.tile), config.budget, config.backend, scale
+        return attend_over_ranks(query, key, value, *where, geometry, kv_len, *how)
 
     def whole_mask(self, mask: Tensor | None, seq_len: int) -> Tensor | None:
         """The mask of a call as it must be for the whole sequence of `seq_len` tokens.
@@ -68,6 +79,21 @@ class Exchange:
             )
         behind = seq_len - self.shared
         return functional.pad(mask[..., mask.shape[-1] - behind :], (self.shared, 0), value=True)
+
+    def _tokens(self, *tensors: Tensor) -> list[int]:
+        """How many tokens each rank sends."""
+        if torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors):
+            raise NotImplementedError("No gradients flow between GPUs yet: run the transformer under torch.no_grad().")
+        split = self.shared // self.size
+        here = tensors[0].shape[1]
+        behind = here - split
+        if behind < 0 or (behind > 0 and not self.whole_text):
+            raise RuntimeError(
+                f"A GPU has {here} tokens, but its share of {self.shared} tokens is {split}: something "
+                "removed diffusers' hooks that split the model's inputs. Split the model before it is offloaded."
+            )
+        # The last rank sends what is behind the video: it arrives in its place, and nobody has to put it there.
+        return [split] * (self.size - 1) + [split + behind]
 
 
 def context_parallel(parallel_config: Any) -> Any:

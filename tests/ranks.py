@@ -5,6 +5,7 @@ import datetime
 import functools
 import io
 import itertools
+import math
 import os
 import socket
 from collections.abc import Callable
@@ -22,11 +23,12 @@ from diffusers import ContextParallelConfig, HunyuanVideoTransformer3DModel, Wan
 from models import TINY, Grid, build
 from torch import Tensor
 
-from diffusers_draft import enable_draft_attention, plain, transfer
+from diffusers_draft import enable_draft_attention, plain, ulysses_ops
 from diffusers_draft.bench import models as bench_models
 from diffusers_draft.bench import step as bench_step
 from diffusers_draft.bench.shapes import Shape
 from diffusers_draft.cli import main
+from diffusers_draft.config import DraftConfig
 from diffusers_draft.parallel import enable_parallelism
 from diffusers_draft.ulysses import Exchange
 
@@ -145,13 +147,47 @@ def exchanged(whole: Tensor, behind: int, groups: list[list[int]] | None = None)
     return heads, exchange.to_tokens(heads[0].transpose(1, 2).contiguous().transpose(1, 2))
 
 
+def attended(whole: Tensor, grid: Grid, kv_len: Tensor | None) -> tuple[Tensor, Tensor, list[str]]:
+    """A rank's draft attention of `(3, B, S, H, D)`, the number of kept blocks, and what was called in turn."""
+    group: Any = dist.group.WORLD
+    video = math.prod(grid)
+    share = video // group.size()
+    mine = [*range(group.rank() * share, (group.rank() + 1) * share), *range(video, whole.shape[2])]
+    calls = []
+
+    def noted(function: str) -> Any:
+        original = getattr(ulysses_ops, function)
+        return mock.patch.object(ulysses_ops, function, lambda *args: calls.append(function) or original(*args))
+
+    exchange = Exchange(group, video, whole.shape[2] > video)
+    geometry, config = torch.tensor([*grid, 0]), DraftConfig(sparsity=0.7, tile=(2, 4, 4))
+    with noted("start_to_heads"), noted("attend_eager"), noted("start_to_tokens"):
+        out, kept = exchange.attend(*whole[:, :, mine], geometry, kv_len, config)
+    return out, kept, calls
+
+
 def operators() -> dict[str, str]:
     """What torch's own checks say of the operators: schema, fake results and tracing."""
     name, sizes = dist.group.WORLD.group_name, [5, 5 + 3]  # type: ignore[union-attr]
     tensors = [torch.randn(2, 5 + 3, 4, 8) for _ in range(3)]
-    calls = {"to_heads": (*tensors, name, sizes), "to_tokens": (torch.randn(2, 2 * 5 + 3, 2, 8), name, 2, 5)}
+    calls: dict[str, tuple[Any, ...]] = {
+        "to_heads": (*tensors, name, sizes),
+        "to_tokens": (torch.randn(2, 2 * 5 + 3, 2, 8), name, 2, 5),
+        "attend_over_ranks": (
+            *tensors,
+            name,
+            sizes,
+            torch.tensor([1, 2, 5, 0]),
+            None,
+            0.5,
+            [1, 4],
+            "row",
+            "torch",
+            None,
+        ),
+    }
     utils = ("test_schema", "test_faketensor")
-    found = {op: torch.library.opcheck(getattr(transfer, op), args, test_utils=utils) for op, args in calls.items()}
+    found = {op: torch.library.opcheck(getattr(ulysses_ops, op), args, test_utils=utils) for op, args in calls.items()}
     return {op: " ".join(set(results.values())) for op, results in found.items()}
 
 
@@ -251,8 +287,8 @@ def half_split() -> tuple[Outcome, str]:
     return (together, [], str(handle.report())), message
 
 
-def bench(spoiled: bool) -> tuple[list[bench_step.Step], dict[str, float]]:
-    """The bench of a tiny Wan; spoiled, the exchange gives other heads than it should."""
+def bench(spoiled: bool) -> tuple[list[bench_step.Step], list[str], dict[str, float]]:
+    """The bench of a tiny Wan, which of its steps chose blocks, and its prediction; spoiled, heads are mixed up."""
     sizes = dict(num_attention_heads=4, attention_head_dim=16, ffn_dim=32, in_channels=4, out_channels=4, freq_dim=16)
     tiny = bench_models.Model(
         "tiny",
@@ -263,15 +299,26 @@ def bench(spoiled: bool) -> tuple[list[bench_step.Step], dict[str, float]]:
         1,
         0.8,
     )
-    back = Exchange.to_tokens
+    attend = Exchange.attend
+    kept: list[Tensor] = []
+    steps, sparse = [], []
+
+    def spoil(exchange: Exchange, *args: Any) -> tuple[Tensor, Tensor]:
+        out, kept = attend(exchange, *args)
+        return (out.flip(2) if spoiled else out), kept
+
     with (
         mock.patch.dict(bench_models.MODELS, {"tiny": tiny}),
         mock.patch.dict(bench_step.SHAPES, {"tiny": Shape((4, 13, 17), 4, 16)}),
-        mock.patch.object(Exchange, "to_tokens", lambda self, out: back(self, out.flip(2) if spoiled else out)),
+        mock.patch.object(Exchange, "attend", spoil),
+        mock.patch.object(plain, "select", functools.partial(_select, plain.select, kept)),
     ):
         options: dict[str, Any] = dict(sparsity=None, budget="head", backend="torch", compiled=False, seconds=0.01)
-        steps = list(bench_step.run("tiny", device=torch.device("cpu"), split=split, **options))
-        return steps, bench_step.predict("tiny", steps, 10)
+        for step in bench_step.run("tiny", device=torch.device("cpu"), split=split, **options):
+            steps.append(step)
+            sparse += [step.name] if kept else []
+            kept.clear()
+        return steps, sparse, bench_step.predict("tiny", steps, 10)
 
 
 def command(rank: int, size: int, store: Path, *arguments: str) -> tuple[int, str, str]:

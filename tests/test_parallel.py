@@ -1,6 +1,7 @@
 """Over several ranks everything is as in one process."""
 
 import inspect
+import math
 import re
 from typing import Any
 
@@ -10,8 +11,11 @@ from diffusers import ContextParallelConfig
 from launch import Pool, pool
 from models import FLOAT32_ERROR, RAGGED, TINY, Grid, error
 from ranks import SPARSE, Outcome, outcome
+from torch import Tensor
 
+from diffusers_draft.attention import attend
 from diffusers_draft.bench.step import NO_ATTENTION, ONE_GPU
+from diffusers_draft.config import DraftConfig
 from diffusers_draft.families import families
 from diffusers_draft.parallel import enable_parallelism
 from diffusers_draft.transfer import _in_words
@@ -28,8 +32,17 @@ def check(found: list[Any], expected: Outcome) -> None:
         if isinstance(rank, Exception):
             raise rank
         assert error(rank[0], expected[0]) < FLOAT32_ERROR
-    for calls in zip(*(rank[1] for rank in found), expected[1], strict=True):  # one of each rank, one of all heads
+    if not expected[1]:
+        assert not any(rank[1] for rank in found)
+        return
+    for calls in zip(*(_of_layers(rank[1], len(expected[1])) for rank in found), expected[1], strict=True):
         assert torch.equal(torch.cat(calls[:-1], dim=1), calls[-1])
+
+
+def _of_layers(kept: list[Tensor], layers: int) -> list[Tensor]:
+    """One of each layer, of all heads of a rank, which has them attend in parts."""
+    parts = len(kept) // layers
+    return [torch.cat(kept[start : start + parts], dim=1) for start in range(0, len(kept), parts)]
 
 
 @pytest.mark.parametrize("ranks", [2, 4])
@@ -73,6 +86,22 @@ def test_what_the_ranks_exchange(pool: Pool, dtype: torch.dtype, head_dim: int, 
         assert torch.equal(tokens, torch.cat((whole[0, :, 7 * rank : 7 * rank + 7], whole[0, :, 28:]), dim=1))
 
 
+@pytest.mark.parametrize(("ranks", "heads"), [(2, 6), (4, 12), (4, 4)])
+@pytest.mark.parametrize("behind", [0, 5])
+def test_heads_attend_in_parts_as_they_arrive(pool: Pool, ranks: int, heads: int, behind: int) -> None:
+    whole, grid, video = torch.randn(3, 2, math.prod(EVEN) + behind, heads, 16), EVEN, math.prod(EVEN)
+    kv_len = torch.tensor([video + 2, video + 5]) if behind else None
+    config = DraftConfig(sparsity=0.7, tile=(2, 4, 4))
+    out, kept = attend(*whole, torch.tensor([*grid, 0]), kv_len, config)
+    share, of_rank = video // ranks, heads // ranks
+    for rank, (found, counts, calls) in enumerate(pool.run(ranks, "attended", whole, grid, kv_len)):
+        expected = torch.cat((out[:, rank * share : (rank + 1) * share], out[:, video:]), dim=1)
+        assert error(found, expected) < FLOAT32_ERROR
+        assert torch.equal(counts, kept[:, rank * of_rank : (rank + 1) * of_rank])
+        parts = min(of_rank, 2)
+        assert calls == ["start_to_heads"] * parts + ["attend_eager", "start_to_tokens"] * parts
+
+
 def test_two_groups_exchange_among_themselves(pool: Pool) -> None:
     whole = torch.randn(3, 2, 2 * 7 + 5, 8, 16)
     for rank, (heads, tokens) in enumerate(pool.run(4, "exchanged", whole, 5, [[0, 2], [1, 3]])):
@@ -83,7 +112,7 @@ def test_two_groups_exchange_among_themselves(pool: Pool) -> None:
 
 def test_the_operators_are_what_they_say(pool: Pool) -> None:
     for found in pool.run(2, "operators"):
-        assert found == {"to_heads": "SUCCESS", "to_tokens": "SUCCESS"}
+        assert found == dict.fromkeys(("to_heads", "to_tokens", "attend_over_ranks"), "SUCCESS")
 
 
 def test_copies_in_words_only_where_words_fit() -> None:
@@ -204,7 +233,8 @@ def test_a_model_is_split_once_and_in_a_group(pool: Pool) -> None:
 def test_bench_compares_several_gpus_with_one(pool: Pool) -> None:
     for found in pool.run(2, "bench", False):
         assert not isinstance(found, Exception), found
-        steps, prediction = found
+        steps, sparse, prediction = found
+        assert sparse == [ONE_GPU, "draft 0.8"]
         assert [step.name for step in steps] == [ONE_GPU, "diffusers default", NO_ATTENTION, "draft 0.8"]
         assert prediction["gpu_speedup"] == pytest.approx(steps[0].step_ms / steps[-1].step_ms)
         assert prediction["exchange_share"] == pytest.approx(5 * steps[-1].exchange_ms / steps[-1].step_ms)

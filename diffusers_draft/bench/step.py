@@ -1,7 +1,7 @@
 """One denoising step of a real transformer at its real width, dense and with draft attention.
 
-Weights are random and only a few blocks are built; a block's cost is the difference that one more of its kind makes,
-and the whole step is summed from those.
+Weights are random and only a few blocks are built; a block's cost is the difference that more of its kind make, and
+the whole step is summed from those.
 """
 
 import contextlib
@@ -31,6 +31,9 @@ ONE_GPU = "draft on one GPU"
 """The step before the model is split over several."""
 NOT_DENSE = (NO_ATTENTION, ONE_GPU)
 """Steps that dense attention is not to be judged by."""
+BLOCKS = 4
+"""Blocks of each kind that are built. A block's time is a share of the difference that all but one of them make: with
+one more alone, the noise of both forwards would be in it."""
 SAME = 2e-2
 """The largest relative error of bfloat16 outputs that are the same."""
 
@@ -47,7 +50,8 @@ class Step:
         step_ms: a whole forward with all layers, `dense_layers` of them dense.
         times: the measured forwards, by number of blocks of each kind.
         memory_gib: peak memory of the forward beyond weights and inputs, on a GPU.
-        exchange_ms: milliseconds that several GPUs exchange tokens in one layer.
+        exchange_ms: milliseconds of the exchanges of several GPUs in one layer, by themselves. In a step a part of
+            them runs beside attention.
     """
 
     name: str
@@ -94,7 +98,7 @@ def run(
     torch.set_default_dtype(dtype)
     try:
         with torch.device(device):
-            transformer: Any = model.build(**{key: 2 for _, key, _ in model.blocks}).eval().requires_grad_(False)
+            transformer: Any = model.build(**{key: BLOCKS for _, key, _ in model.blocks}).eval().requires_grad_(False)
     finally:
         torch.set_default_dtype(torch.float32)
     inputs = model.inputs(SHAPES[model.shape], device, dtype)
@@ -120,7 +124,7 @@ def run(
         split(transformer)
     yield step("diffusers default")
     for kernel in ("no", *_dense_kernels(device)):
-        with mock.patch.object(dispatch, "attend", _through(kernel)), enable_draft_attention(transformer, **options):
+        with _attending_through(kernel), enable_draft_attention(transformer, **options):
             yield step(NO_ATTENTION if kernel == "no" else f"dense {kernel}")
     measured, output = draft(f"draft {sparsity:g}")
     if expected is not None:
@@ -137,7 +141,7 @@ def _check_same(output: Tensor, expected: Tensor) -> None:
 
 
 def _exchange_ms(transformer: Any, inputs: dict[str, Tensor], seconds: float) -> float:
-    """Milliseconds that the ranks' exchanges take in one layer, to heads and back, one after the other."""
+    """Milliseconds of one layer's exchanges by themselves, to heads and back, while nothing attends."""
     calls = []
 
     def watched(exchange: Exchange, *tensors: Tensor) -> list[Tensor]:
@@ -168,9 +172,9 @@ def _step(
         times["1 of each"] = base
         cost = {}
         for path in lists:
-            lengths = dict.fromkeys(lists, 1) | {path: 2}
-            times[f"2 {path}"] = _with_blocks(transformer, lists, lengths, forward, seconds)
-            cost[path] = times[f"2 {path}"].median - base.median
+            lengths = dict.fromkeys(lists, 1) | {path: BLOCKS}
+            more = times[f"{BLOCKS} {path}"] = _with_blocks(transformer, lists, lengths, forward, seconds)
+            cost[path] = (more.median - base.median) / (BLOCKS - 1)
         memory = _peak_memory(forward, inputs["hidden_states"].device)
     rest = base.median - sum(cost.values())
     whole = rest + sum(cost[path] * length for path, _, length in model.blocks)
@@ -229,13 +233,18 @@ def _(query, key, value, kernel):
     return query.new_empty(query.shape)
 
 
-def _through(kernel: str) -> Callable[..., tuple[Tensor, None]]:
-    """A stand-in for `attend`: a dense kernel, or none, without a mask, as no text of these inputs is padding."""
+@contextlib.contextmanager
+def _attending_through(kernel: str) -> Iterator[None]:
+    """A dense kernel, or none, attends in draft attention's place. No mask: none of the inputs' text is padding."""
 
     def attend(query: Tensor, key: Tensor, value: Tensor, *_: Any) -> tuple[Tensor, None]:
         return _dense(query, key, value, kernel), None
 
-    return attend
+    def over_ranks(exchange: Exchange, query: Tensor, key: Tensor, value: Tensor, *_: Any) -> tuple[Tensor, None]:
+        return exchange.to_tokens(_dense(*exchange.to_heads(query, key, value), kernel)), None
+
+    with mock.patch.object(dispatch, "attend", attend), mock.patch.object(Exchange, "attend", over_ranks):
+        yield
 
 
 def predict(name: str, steps: list[Step], num_steps: int) -> dict[str, float]:
