@@ -90,13 +90,13 @@ def attend(
         The attention, `(B, S, H, D)`, and `kv_num_blocks`, `(B, H, N)` int32: what was really computed.
     """
     # Only compiled graphs need the opaque operator. Eager calls stay transparent to autograd.
-    run = _attend_op if torch.compiler.is_compiling() else attend_eager
+    run = _attend_op if torch.compiler.is_compiling() else attend_with_fields
     return run(
         query, key, value, geometry, kv_len, config.sparsity, list(config.tile), config.budget, config.backend, scale
     )
 
 
-def attend_eager(
+def attend_with_fields(
     query: Tensor,
     key: Tensor,
     value: Tensor,
@@ -108,7 +108,7 @@ def attend_eager(
     backend: str,
     scale: float | None,
 ) -> tuple[Tensor, Tensor]:
-    """As `attend`, which says what it takes; its numbers are read here."""
+    """`attend` with the fields of its config one by one, as operators take them. Reads the numbers in `geometry`."""
     frames, rows, columns, prefix = geometry.tolist()
     _check_tensors(query, key, value, kv_len, prefix + frames * rows * columns)
     _, seq_len, _, head_dim = query.shape
@@ -138,15 +138,18 @@ def steps_for(*tensors: Tensor) -> ModuleType:
     return importlib.import_module(".fused", __package__)
 
 
-_attend_op = torch.library.custom_op("diffusers_draft::attend", attend_eager, mutates_args=())
+_attend_op = torch.library.custom_op("diffusers_draft::attend", attend_with_fields, mutates_args=())
 
 
 @_attend_op.register_fake
 def _(query, key, value, geometry, kv_len, sparsity, tile, budget, backend, scale):
-    batch, seq_len, heads, _ = query.shape
+    return query.new_empty(query.shape), fake_counts(query, query.shape[1], query.shape[2], tile)
+
+
+def fake_counts(query: Tensor, seq_len: int, heads: int, tile: list[int]) -> Tensor:
+    """An empty `kv_num_blocks`, `(B, heads, N)`, for the shapes of compiled code."""
     block = math.prod(tile)
-    counts = query.new_empty((batch, heads, (seq_len + block - 1) // block), dtype=torch.int32)
-    return query.new_empty(query.shape), counts
+    return query.new_empty((query.shape[0], heads, (seq_len + block - 1) // block), dtype=torch.int32)
 
 
 def _check_tensors(query: Tensor, key: Tensor, value: Tensor, kv_len: Tensor | None, video_end: int) -> None:

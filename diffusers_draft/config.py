@@ -92,6 +92,11 @@ def parse_tile(text: str) -> Tile:
     return tuple(map(int, sizes))
 
 
+def format_tile(tile: Tile) -> str:
+    """Writes a tile as `parse_tile` reads it."""
+    return "x".join(map(str, tile))
+
+
 def check_grid(grid: tuple[int, int, int], prefix: int) -> None:
     """Raises ValueError for a grid that is not three positive counts, or a negative prefix."""
     if not _are_counts(grid, 3):

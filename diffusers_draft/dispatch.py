@@ -1,6 +1,7 @@
 """Our attention call in place of diffusers' own, and what it must know of the forward that it is in."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -9,6 +10,25 @@ from torch import Tensor
 from .attention import attend, needs_grad
 from .config import DraftConfig
 from .ulysses import Exchange, context_parallel
+
+Attend = Callable[..., tuple[Tensor, Tensor | None]]
+"""Has the arguments and the result of `attention.attend`."""
+
+_stand_in: Attend | None = None
+
+
+@contextmanager
+def attending(attend: Attend) -> Iterator[None]:
+    """Calls `attend` wherever draft attention is enabled and runs sparse, for measurements and baselines.
+
+    Over several GPUs it gets all tokens of this one's heads.
+    """
+    global _stand_in
+    before, _stand_in = _stand_in, attend
+    try:
+        yield
+    finally:
+        _stand_in = before
 
 
 class State:
@@ -105,9 +125,20 @@ def attention_call(state: State, config: DraftConfig, stock: Callable[..., Tenso
             )
         kv_len = None if attn_mask is None or state.kv_len is None else state.kv_len.to(query.device)
         state.kind = (query.dtype, query.shape[-1], needs_grad(query, key, value))
-        run = exchange.attend if exchange else attend
-        out, state.processor.kv_num_blocks = run(query, key, value, state.geometry, kv_len, config, scale)
+        how = state.geometry, kv_len, config, scale
+        out, state.processor.kv_num_blocks = _attend(exchange, query, key, value, *how)
         state.processor.kv_len = kv_len
         return out
 
     return dispatch_attention_fn
+
+
+def _attend(
+    exchange: Exchange | None, query: Tensor, key: Tensor, value: Tensor, *how: Any
+) -> tuple[Tensor, Tensor | None]:
+    if _stand_in is None:
+        return (exchange.attend if exchange else attend)(query, key, value, *how)
+    if exchange is None:
+        return _stand_in(query, key, value, *how)
+    out, kept = _stand_in(*exchange.to_heads(query, key, value), *how)
+    return exchange.to_tokens(out), kept

@@ -21,15 +21,17 @@ class Underway:
 
     Attributes:
         tensor: not to be read before `wait`.
-        works: what to wait for, each with the operations whose tensors must live until then.
+        operations: hold the tensors that are sent, which must live until then.
+        works: what to wait for.
     """
 
     tensor: Tensor
-    works: list[tuple[dist.Work, list[dist.P2POp]]]
+    operations: list[dist.P2POp]
+    works: list[dist.Work]
 
     def wait(self) -> Tensor:
         """What came."""
-        for work, _ in self.works:
+        for work in self.works:
             work.wait()
         return self.tensor
 
@@ -56,11 +58,11 @@ def start_to_heads(
     ]
     batch, _, _, heads, head_dim = parts[0].shape
     whole = query.new_empty(3, sum(tokens), batch, heads, head_dim)
-    works = []
+    underway = Underway(whole, [], [])
     # One after the other: while the query is on its way, the key is made ready.
     for tensor, received in zip(parts, whole, strict=True):
-        works += _swap(ranks, tensor.permute(2, 1, 0, 3, 4).unbind(), received.split(tokens))
-    return Underway(whole, works)
+        _swap(ranks, tensor.permute(2, 1, 0, 3, 4).unbind(), received.split(tokens), underway)
+    return underway
 
 
 def start_to_tokens(out: Tensor, ranks: dist.ProcessGroup, split: int) -> Underway:
@@ -82,7 +84,9 @@ def start_to_tokens(out: Tensor, ranks: dist.ProcessGroup, split: int) -> Underw
     if len(behind):
         sent += [_packed(behind)] * size
         received += came[:, split:].unbind()
-    return Underway(came, _swap(ranks, sent, received))
+    underway = Underway(came, [], [])
+    _swap(ranks, sent, received, underway)
+    return underway
 
 
 def place(parts: list[Tensor]) -> Tensor:
@@ -99,18 +103,14 @@ def group_named(name: str) -> dist.ProcessGroup:
     return _resolve_process_group(name)  # type: ignore[arg-type]  # newer torch: a type of its own for names
 
 
-def _swap(
-    ranks: dist.ProcessGroup, sent: Sequence[Tensor], received: Sequence[Tensor]
-) -> list[tuple[dist.Work, list[dist.P2POp]]]:
+def _swap(ranks: dist.ProcessGroup, sent: Sequence[Tensor], received: Sequence[Tensor], underway: Underway) -> None:
     """Sends parts to each other rank and receives as many from it; this rank's own are copied meanwhile.
 
     Args:
         ranks: the process group.
         sent: one or more parts for each rank in turn.
         received: contiguous, as many.
-
-    Returns:
-        What to wait for, as in `Underway`.
+        underway: gets what is to be waited for.
     """
     operations = []
     own = range(ranks.rank(), len(sent), ranks.size())
@@ -119,10 +119,10 @@ def _swap(
             peer = dist.get_global_rank(ranks, index % ranks.size())
             operations.append(dist.P2POp(dist.isend, _packed(sent[index]), peer, ranks))
             operations.append(dist.P2POp(dist.irecv, received[index], peer, ranks))
-    works = dist.batch_isend_irecv(operations) if operations else []
+    underway.operations.extend(operations)
+    underway.works.extend(dist.batch_isend_irecv(operations) if operations else [])
     for index in own:
         _copy(received[index], sent[index])
-    return [(work, operations) for work in works]
 
 
 def _packed(tensor: Tensor) -> Tensor:

@@ -8,6 +8,7 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.nn import functional
 
+from .attention import needs_grad
 from .config import DraftConfig
 from .layout import Grid
 from .ulysses_ops import attend_over_ranks, to_heads, to_tokens
@@ -81,8 +82,8 @@ class Exchange:
         return functional.pad(mask[..., mask.shape[-1] - behind :], (self.shared, 0), value=True)
 
     def _tokens(self, *tensors: Tensor) -> list[int]:
-        """How many tokens each rank sends."""
-        if torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors):
+        """How many tokens each rank sends; raises what `to_heads` raises."""
+        if needs_grad(*tensors):
             raise NotImplementedError("No gradients flow between GPUs yet: run the transformer under torch.no_grad().")
         split = self.shared // self.size
         here = tensors[0].shape[1]

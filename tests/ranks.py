@@ -23,12 +23,14 @@ from diffusers import ContextParallelConfig, HunyuanVideoTransformer3DModel, Wan
 from models import TINY, Grid, build
 from torch import Tensor
 
-from diffusers_draft import enable_draft_attention, plain, ulysses_ops
+from diffusers_draft import enable_draft_attention, plain, transfer, ulysses_ops
 from diffusers_draft.bench import models as bench_models
 from diffusers_draft.bench import step as bench_step
 from diffusers_draft.bench.shapes import Shape
 from diffusers_draft.cli import main
 from diffusers_draft.config import DraftConfig
+from diffusers_draft.dispatch import attending
+from diffusers_draft.evaluation.replacement import attend_with
 from diffusers_draft.parallel import enable_parallelism
 from diffusers_draft.ulysses import Exchange
 
@@ -50,6 +52,7 @@ INPUTS: dict[str, Callable[..., models.Inputs]] = {
     **{name: tiny.inputs for name, tiny in TINY.items()},
 }
 SPARSE = dict(sparsity=0.8, dense_timestep=1000)
+HALF = SPARSE | dict(sparsity=0.5)
 Outcome = tuple[Tensor, list[Tensor], str]
 """The output, `(B, H, N, N)` kept blocks of each sparse call, and the report."""
 
@@ -117,6 +120,15 @@ def disabled_again(name: str, grid: Grid) -> Outcome:
         return model(**INPUTS[name](2, grid), return_dict=False)[0], [], ""
 
 
+def baseline(name: str, grid: Grid, how: str = "") -> Outcome:
+    """A forward in which a static window chooses the blocks in draft attention's place."""
+    model = BUILD[name]()
+    if how:
+        split(model, how)
+    with enable_draft_attention(model, **HALF), attending(attend_with("local", 0)), torch.no_grad():
+        return model(**INPUTS[name](2, grid), return_dict=False)[0], [], ""
+
+
 def causal(name: str, grid: Grid) -> dict[str, int]:
     """The report's dense calls of a model whose mask over pairs of tokens draft attention cannot honour."""
     model, inputs = BUILD[name](), INPUTS[name](1, grid)
@@ -147,13 +159,14 @@ def exchanged(whole: Tensor, behind: int, groups: list[list[int]] | None = None)
     return heads, exchange.to_tokens(heads[0].transpose(1, 2).contiguous().transpose(1, 2))
 
 
-def attended(whole: Tensor, grid: Grid, kv_len: Tensor | None) -> tuple[Tensor, Tensor, list[str]]:
-    """A rank's draft attention of `(3, B, S, H, D)`, the number of kept blocks, and what was called in turn."""
+def attended(whole: Tensor, grid: Grid, kv_len: Tensor | None) -> tuple[Any, Any, list[str]]:
+    """A rank's draft attention of `(3, B, S, H, D)` and kept blocks, or why there are none, and the calls in turn."""
     group: Any = dist.group.WORLD
     video = math.prod(grid)
     share = video // group.size()
     mine = [*range(group.rank() * share, (group.rank() + 1) * share), *range(video, whole.shape[2])]
     calls = []
+    waited = transfer.Underway.wait
 
     def noted(function: str) -> Any:
         original = getattr(ulysses_ops, function)
@@ -161,8 +174,12 @@ def attended(whole: Tensor, grid: Grid, kv_len: Tensor | None) -> tuple[Tensor, 
 
     exchange = Exchange(group, video, whole.shape[2] > video)
     geometry, config = torch.tensor([*grid, 0]), DraftConfig(sparsity=0.7, tile=(2, 4, 4))
-    with noted("start_to_heads"), noted("attend_eager"), noted("start_to_tokens"):
-        out, kept = exchange.attend(*whole[:, :, mine], geometry, kv_len, config)
+    wait = mock.patch.object(transfer.Underway, "wait", lambda part: calls.append("wait") or waited(part))
+    with noted("start_to_heads"), noted("attend_with_fields"), noted("start_to_tokens"), wait:
+        try:
+            out, kept = exchange.attend(*whole[:, :, mine], geometry, kv_len, config)
+        except ValueError as error:
+            return str(error), None, calls
     return out, kept, calls
 
 
@@ -304,8 +321,8 @@ def bench(spoiled: bool) -> tuple[list[bench_step.Step], list[str], dict[str, fl
     steps, sparse = [], []
 
     def spoil(exchange: Exchange, *args: Any) -> tuple[Tensor, Tensor]:
-        out, kept = attend(exchange, *args)
-        return (out.flip(2) if spoiled else out), kept
+        out, counts = attend(exchange, *args)
+        return (out.flip(2) if spoiled else out), counts
 
     with (
         mock.patch.dict(bench_models.MODELS, {"tiny": tiny}),

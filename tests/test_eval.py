@@ -382,7 +382,8 @@ def test_equal_settings_give_equal_clips_and_random_ones_depend_on_the_seed_alon
 
 def test_draft_selection_as_a_baseline_is_draft_attention(tmp_path):
     """The way that runs baselines changes nothing but the choice."""
-    from diffusers_draft.evaluation.replacement import attend_with, attending
+    from diffusers_draft.dispatch import attending
+    from diffusers_draft.evaluation.replacement import attend_with
 
     pipe = models.wan_pipeline()
     with enable_draft_attention(pipe, 0.7, tile=(2, 8), dense_steps=0) as handle:

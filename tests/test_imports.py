@@ -41,7 +41,7 @@ ALLOWED = {
     "select": {"block_mask"},
     "splitting": {"config", "dispatch", "families", "layers", "shadow", "ulysses"},
     "transfer": set(),
-    "ulysses": {"config", "layout", "ulysses_ops"},
+    "ulysses": {"attention", "config", "layout", "ulysses_ops"},
     "ulysses_ops": {"attention", "transfer"},
     "fused": {"fused.*"},
     "fused.*": {"block_mask", "layout", "select"},

@@ -10,7 +10,7 @@ import torch
 from diffusers import ContextParallelConfig
 from launch import Pool, pool
 from models import FLOAT32_ERROR, RAGGED, TINY, Grid, error
-from ranks import SPARSE, Outcome, outcome
+from ranks import HALF, SPARSE, Outcome, baseline, outcome
 from torch import Tensor
 
 from diffusers_draft.attention import attend
@@ -99,7 +99,16 @@ def test_heads_attend_in_parts_as_they_arrive(pool: Pool, ranks: int, heads: int
         assert error(found, expected) < FLOAT32_ERROR
         assert torch.equal(counts, kept[:, rank * of_rank : (rank + 1) * of_rank])
         parts = min(of_rank, 2)
-        assert calls == ["start_to_heads"] * parts + ["attend_eager", "start_to_tokens"] * parts
+        each = ["wait", "attend_with_fields", "start_to_tokens"]
+        assert calls == ["start_to_heads"] * parts + each * parts + ["wait"] * parts
+
+
+def test_what_is_underway_is_awaited_after_an_error(pool: Pool) -> None:
+    """Or it would meet the next call's, and its memory would be free while it arrives."""
+    whole, too_short = torch.randn(3, 1, math.prod(EVEN) + 5, 4, 16), torch.tensor([3])
+    for message, _, calls in pool.run(2, "attended", whole, EVEN, too_short):
+        assert "kv_len must lie between" in message
+        assert calls == ["start_to_heads", "start_to_heads", "wait", "attend_with_fields", "wait"]
 
 
 def test_two_groups_exchange_among_themselves(pool: Pool) -> None:
@@ -126,6 +135,13 @@ def test_every_rank_computes_the_same_number_of_pairs(pool: Pool) -> None:
     assert all(rank[1] for rank in found)
     assert len({sum(kept.sum().item() for kept in rank[1]) for rank in found}) == 1
     assert len({rank[2] for rank in found}) == 1  # the reports: density, steps, layers
+
+
+def test_a_baseline_in_place_of_draft_attention(pool: Pool) -> None:
+    name = "hunyuan_video 4 heads"
+    expected = baseline(name, EVEN)
+    assert error(expected[0], outcome(name, 2, EVEN, HALF)[0]) > 100 * FLOAT32_ERROR
+    check(pool.run(2, "baseline", name, EVEN, "ours"), expected)
 
 
 def test_disabling_leaves_a_split_model_dense_and_right(pool: Pool) -> None:

@@ -16,9 +16,9 @@ from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.functional import scaled_dot_product_attention
 
-from .. import dispatch
 from ..api import enable_draft_attention
 from ..config import Budget, DraftConfig
+from ..dispatch import attending
 from ..families import family_of
 from ..ulysses import Exchange
 from .measure import Time, measure
@@ -50,8 +50,8 @@ class Step:
         step_ms: a whole forward with all layers, `dense_layers` of them dense.
         times: the measured forwards, by number of blocks of each kind.
         memory_gib: peak memory of the forward beyond weights and inputs, on a GPU.
-        exchange_ms: milliseconds of the exchanges of several GPUs in one layer, by themselves. In a step a part of
-            them runs beside attention.
+        exchange_ms: milliseconds of the exchanges of several GPUs in one layer, if nothing attends meanwhile. In draft
+            attention a part of them runs beside it.
     """
 
     name: str
@@ -124,7 +124,7 @@ def run(
         split(transformer)
     yield step("diffusers default")
     for kernel in ("no", *_dense_kernels(device)):
-        with _attending_through(kernel), enable_draft_attention(transformer, **options):
+        with attending(_through(kernel)), enable_draft_attention(transformer, **options):
             yield step(NO_ATTENTION if kernel == "no" else f"dense {kernel}")
     measured, output = draft(f"draft {sparsity:g}")
     if expected is not None:
@@ -141,7 +141,7 @@ def _check_same(output: Tensor, expected: Tensor) -> None:
 
 
 def _exchange_ms(transformer: Any, inputs: dict[str, Tensor], seconds: float) -> float:
-    """Milliseconds of one layer's exchanges by themselves, to heads and back, while nothing attends."""
+    """Milliseconds of one layer's exchanges, to heads and back, if all heads travel at once and nothing attends."""
     calls = []
 
     def watched(exchange: Exchange, *tensors: Tensor) -> list[Tensor]:
@@ -233,18 +233,13 @@ def _(query, key, value, kernel):
     return query.new_empty(query.shape)
 
 
-@contextlib.contextmanager
-def _attending_through(kernel: str) -> Iterator[None]:
-    """A dense kernel, or none, attends in draft attention's place. No mask: none of the inputs' text is padding."""
+def _through(kernel: str) -> Callable[..., tuple[Tensor, None]]:
+    """A stand-in for `attend`: a dense kernel, or none, without a mask, as no text of these inputs is padding."""
 
     def attend(query: Tensor, key: Tensor, value: Tensor, *_: Any) -> tuple[Tensor, None]:
         return _dense(query, key, value, kernel), None
 
-    def over_ranks(exchange: Exchange, query: Tensor, key: Tensor, value: Tensor, *_: Any) -> tuple[Tensor, None]:
-        return exchange.to_tokens(_dense(*exchange.to_heads(query, key, value), kernel)), None
-
-    with mock.patch.object(dispatch, "attend", attend), mock.patch.object(Exchange, "attend", over_ranks):
-        yield
+    return attend
 
 
 def predict(name: str, steps: list[Step], num_steps: int) -> dict[str, float]:

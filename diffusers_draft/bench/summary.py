@@ -29,7 +29,7 @@ def speed_section() -> str:
     if over_gpus := [_over_gpus(record) for record in records.values() if _gpus(record)]:
         lines += [
             "",
-            "| One step, all sparse | one GPU, ms | several, ms | exchanges alone | best dense on as many, ms |",
+            "| One step, all sparse | one GPU, ms | several, ms | exchanges if alone | best dense on as many, ms |",
             "|---|---|---|---|---|",
             *over_gpus,
         ]
@@ -192,7 +192,7 @@ def _model(record: dict[str, Any]) -> str:
     if _gpus(record):
         run = (
             f"With all layers sparse one GPU takes {_ms(record, ONE_GPU):.0f} ms: {_gpus(record)} are "
-            f"{prediction['gpu_speedup']:.2f}x as fast; exchanges alone take "
+            f"{prediction['gpu_speedup']:.2f}x as fast; exchanges alone would take "
             f"{prediction['exchange_share']:.0%} of their time. {run}"
         )
     return "\n".join([*lines, "", run, "", _source(record)])

@@ -130,7 +130,7 @@ def _run_model(args: argparse.Namespace, ranks: Ranks) -> None:
     if ranks.size > 1:
         print(
             f"with all layers sparse, {ranks.size} GPUs are {prediction['gpu_speedup']:.2f}x as fast as one; "
-            f"exchanges alone take {prediction['exchange_share']:.0%} of that time"
+            f"exchanges alone would take {prediction['exchange_share']:.0%} of that time"
         )
     if args.json and ranks.first:
         options |= {"ulysses": args.ulysses} if args.ulysses > 1 else {}

@@ -5,13 +5,14 @@ import dataclasses
 from pathlib import Path
 from typing import Any
 
+from ..config import DraftConfig, format_tile
 from . import CommandError, one_line
 from .model_options import CALL, add_model_options, call, check_packages, image, loaded, model
 
 LISTS = {
     "sparsity": "for example 0.5 0.75 0.9",
-    "budget": "row head (default: row)",
-    "tile": "for example 2x8x8 8x16 (default: 2x8x8)",
+    "budget": f"row head (default: {DraftConfig.budget})",
+    "tile": f"for example 2x8x8 8x16 (default: {format_tile(DraftConfig.tile)})",
     "dense-steps": "for example 0 0.25",
     "dense-layers": "for example none 0 0+1",
     "backend": "for example torch triton",

@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from .. import DraftConfig, enable_draft_attention
-from ..config import parse_tile
+from ..config import format_tile, parse_tile
 from . import CommandError, one_line
 from .model_options import add_model_options, call, check_packages, image, loaded
 from .ranks import Ranks, add_ulysses, together
@@ -22,16 +22,17 @@ def add_parser(subparsers: argparse._SubParsersAction) -> None:
     add_ulysses(parser)
     parser.add_argument("--prompt", required=True, help="what the video shall show")
     parser.add_argument("--seed", type=int, default=0, help="of the noise (default: 0)")
-    parser.add_argument("--sparsity", type=float, default=0.9, help="share of the block pairs to skip (default: 0.9)")
-    parser.add_argument("--budget", choices=["row", "head"], default="row", help="default: row; the paper: head")
-    parser.add_argument("--tile", default="2x8x8", help="tokens of a block (default: 2x8x8; the paper: 8x16)")
+    parser.add_argument("--sparsity", type=float, help="share of the block pairs to skip (default: %(default)s)")
+    parser.add_argument("--budget", choices=["row", "head"], help="default: %(default)s; the paper: head")
+    parser.add_argument("--tile", help="tokens of a block (default: %(default)s; the paper: 8x16)")
     parser.add_argument(
         "--dense-steps", type=float, metavar="SHARE", help="of the run that stays dense (default: as in the paper)"
     )
     parser.add_argument("--backend", default="auto", help="what computes the sparse attention (default: auto)")
     parser.add_argument("--dense", action="store_true", help="leave draft attention out, to compare with")
     parser.add_argument("--output", type=Path, default=Path("out.mp4"), metavar="FILE", help="default: out.mp4")
-    parser.set_defaults(run=run)
+    draft = DraftConfig()
+    parser.set_defaults(run=run, sparsity=draft.sparsity, budget=draft.budget, tile=format_tile(draft.tile))
 
 
 def run(args: argparse.Namespace) -> None:

@@ -11,8 +11,9 @@ from torch.nn.functional import scaled_dot_product_attention
 
 from .. import kernels, plain
 from ..api import enable_draft_attention
+from ..dispatch import attending
 from .mass import block_mass
-from .replacement import attending, ordered_call
+from .replacement import ordered_call
 from .selection import SELECTIONS, Call, chosen
 from .settings import Setting
 

@@ -1,30 +1,15 @@
 """Runs another attention where draft attention would run, for measurements and baselines."""
 
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from .. import dispatch, kernels, plain
+from .. import kernels, plain
 from ..config import DraftConfig
+from ..dispatch import Attend
 from ..layout import token_layout
 from .selection import SELECTIONS, Call, chosen
-
-Attend = Callable[..., tuple[Tensor, Tensor]]
-"""Has the arguments and the result of `diffusers_draft.attention.attend`."""
-
-
-@contextmanager
-def attending(attend: Attend) -> Iterator[None]:
-    """Calls `attend` wherever draft attention is enabled and runs sparse. The model must not be compiled."""
-    stock = dispatch.attend
-    dispatch.attend = attend
-    try:
-        yield
-    finally:
-        dispatch.attend = stock
 
 
 def ordered_call(

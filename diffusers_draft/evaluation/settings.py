@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from typing import Any
 
-from ..config import DraftConfig, parse_tile
+from ..config import DraftConfig, format_tile, parse_tile
 from .selection import SELECTIONS
 
 ALWAYS_NAMED = ("sparsity", "budget", "tile")
@@ -110,7 +110,7 @@ def _plain(value: Any) -> Any:
 
 def _text(key: str, value: Any) -> str:
     if key == "tile":
-        return "x".join(map(str, value))
+        return format_tile(value)
     if key == "dense_layers":
         return "+".join(map(str, value)) or "none"
     return f"{value:g}" if isinstance(value, float) else str(value)

@@ -12,12 +12,13 @@ from torchmetrics import MetricCollection
 from tqdm import tqdm
 
 from ..api import DraftHandle, enable_draft_attention
+from ..dispatch import attending
 from ..generation.run import Clip, run
 from ..generation.video import write_video
 from ..report import DraftReport
 from .attention import Samples, measure_attention
 from .metrics import fidelity, flicker
-from .replacement import attend_with, attending
+from .replacement import attend_with
 from .settings import Setting
 from .store import Json, Store
 
