@@ -91,9 +91,12 @@ def attend(
     """
     # Only compiled graphs need the opaque operator. Eager calls stay transparent to autograd.
     run = _attend_op if torch.compiler.is_compiling() else attend_with_fields
-    return run(
-        query, key, value, geometry, kv_len, config.sparsity, list(config.tile), config.budget, config.backend, scale
-    )
+    return run(query, key, value, geometry, kv_len, *fields_of(config), scale)
+
+
+def fields_of(config: DraftConfig) -> tuple[float, list[int], str, str]:
+    """What `attend_with_fields` takes of a config, in its order."""
+    return config.sparsity, list(config.tile), config.budget, config.backend
 
 
 def attend_with_fields(

@@ -5,7 +5,6 @@ once more, and pass a rank's own part through the communication kernel.
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 
 import torch
 import torch.distributed as dist
@@ -15,19 +14,38 @@ from torch.distributed.distributed_c10d import _resolve_process_group
 WORD = torch.int64
 
 
-@dataclass(frozen=True)
 class Underway:
-    """A tensor that is being received.
+    """A tensor that is being received: not to be read before `wait`.
 
-    Attributes:
-        tensor: not to be read before `wait`.
-        operations: hold the tensors that are sent, which must live until then.
-        works: what to wait for.
+    Args:
+        tensor: with memory for all that will come.
+        ranks: the process group.
     """
 
-    tensor: Tensor
-    operations: list[dist.P2POp]
-    works: list[dist.Work]
+    def __init__(self, tensor: Tensor, ranks: dist.ProcessGroup) -> None:
+        self.tensor = tensor
+        self.ranks = ranks
+        self.works: list[dist.Work] = []
+        self.operations: list[dist.P2POp] = []  # hold the tensors that are sent, which must live until they have been
+
+    def swap(self, sent: Sequence[Tensor], received: Sequence[Tensor]) -> None:
+        """Sends parts to each other rank and receives as many from it; this rank's own are copied meanwhile.
+
+        Args:
+            sent: one or more parts for each rank in turn.
+            received: contiguous parts of the tensor, as many.
+        """
+        operations = []
+        own = range(self.ranks.rank(), len(sent), self.ranks.size())
+        for index in range(len(sent)):
+            if index not in own:
+                peer = dist.get_global_rank(self.ranks, index % self.ranks.size())
+                operations.append(dist.P2POp(dist.isend, _packed(sent[index]), peer, self.ranks))
+                operations.append(dist.P2POp(dist.irecv, received[index], peer, self.ranks))
+        self.operations += operations
+        self.works += dist.batch_isend_irecv(operations) if operations else []
+        for index in own:
+            _copy(received[index], sent[index])
 
     def wait(self) -> Tensor:
         """What came."""
@@ -58,10 +76,10 @@ def start_to_heads(
     ]
     batch, _, _, heads, head_dim = parts[0].shape
     whole = query.new_empty(3, sum(tokens), batch, heads, head_dim)
-    underway = Underway(whole, [], [])
+    underway = Underway(whole, ranks)
     # One after the other: while the query is on its way, the key is made ready.
     for tensor, received in zip(parts, whole, strict=True):
-        _swap(ranks, tensor.permute(2, 1, 0, 3, 4).unbind(), received.split(tokens), underway)
+        underway.swap(tensor.permute(2, 1, 0, 3, 4).unbind(), received.split(tokens))
     return underway
 
 
@@ -84,45 +102,24 @@ def start_to_tokens(out: Tensor, ranks: dist.ProcessGroup, split: int) -> Underw
     if len(behind):
         sent += [_packed(behind)] * size
         received += came[:, split:].unbind()
-    underway = Underway(came, [], [])
-    _swap(ranks, sent, received, underway)
+    underway = Underway(came, ranks)
+    underway.swap(sent, received)
     return underway
 
 
 def place(parts: list[Tensor]) -> Tensor:
     """Puts the parts of `start_to_tokens` together: `(B, S on this rank, H, D)`."""
     ranks, tokens, batch, _, head_dim = parts[0].shape
-    whole = parts[0].new_empty(batch, tokens, ranks, sum(part.shape[3] for part in parts), head_dim)
-    for heads, part in zip(whole.split([part.shape[3] for part in parts], dim=3), parts, strict=True):
-        _copy(heads, part.permute(2, 1, 0, 3, 4))
+    heads = [part.shape[3] for part in parts]
+    whole = parts[0].new_empty(batch, tokens, ranks, sum(heads), head_dim)
+    for into, part in zip(whole.split(heads, dim=3), parts, strict=True):
+        _copy(into, part.permute(2, 1, 0, 3, 4))
     return whole.flatten(2, 3)
 
 
 def group_named(name: str) -> dist.ProcessGroup:
     """The process group of that `group_name`: operators take strings, not groups."""
     return _resolve_process_group(name)  # type: ignore[arg-type]  # newer torch: a type of its own for names
-
-
-def _swap(ranks: dist.ProcessGroup, sent: Sequence[Tensor], received: Sequence[Tensor], underway: Underway) -> None:
-    """Sends parts to each other rank and receives as many from it; this rank's own are copied meanwhile.
-
-    Args:
-        ranks: the process group.
-        sent: one or more parts for each rank in turn.
-        received: contiguous, as many.
-        underway: gets what is to be waited for.
-    """
-    operations = []
-    own = range(ranks.rank(), len(sent), ranks.size())
-    for index in range(len(sent)):
-        if index not in own:
-            peer = dist.get_global_rank(ranks, index % ranks.size())
-            operations.append(dist.P2POp(dist.isend, _packed(sent[index]), peer, ranks))
-            operations.append(dist.P2POp(dist.irecv, received[index], peer, ranks))
-    underway.operations.extend(operations)
-    underway.works.extend(dist.batch_isend_irecv(operations) if operations else [])
-    for index in own:
-        _copy(received[index], sent[index])
 
 
 def _packed(tensor: Tensor) -> Tensor:

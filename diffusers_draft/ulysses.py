@@ -8,7 +8,7 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.nn import functional
 
-from .attention import needs_grad
+from .attention import fields_of, needs_grad
 from .config import DraftConfig
 from .layout import Grid
 from .ulysses_ops import attend_over_ranks, to_heads, to_tokens
@@ -62,8 +62,7 @@ class Exchange:
             RuntimeError: if this rank does not have its share of the tokens.
         """
         where = self.group.group_name, self._tokens(query, key, value)
-        how = config.sparsity, list(config.tile), config.budget, config.backend, scale
-        return attend_over_ranks(query, key, value, *where, geometry, kv_len, *how)
+        return attend_over_ranks(query, key, value, *where, geometry, kv_len, *fields_of(config), scale)
 
     def whole_mask(self, mask: Tensor | None, seq_len: int) -> Tensor | None:
         """The mask of a call as it must be for the whole sequence of `seq_len` tokens.

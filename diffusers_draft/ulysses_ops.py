@@ -95,7 +95,7 @@ def attend_over_ranks(
             out, blocks = attend_with_fields(q, k, v, geometry, kv_len, sparsity, tile, budget, backend, scale)
             leaving.append(start_to_tokens(out, ranks, tokens[0]))
             kept.append(blocks)
-    finally:  # also after an error: nothing of this call may meet the next one's, and its memory be free too early
+    finally:  # also after an error: or the rest would meet the next call's, in memory that is free by then
         came = [part.wait() for part in (*arriving, *leaving)]
     return place(came), torch.cat(kept, dim=1)
 

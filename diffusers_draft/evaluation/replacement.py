@@ -1,4 +1,4 @@
-"""Runs another attention where draft attention would run, for measurements and baselines."""
+"""What attends in draft attention's place (`dispatch.attending`), for measurements and baselines."""
 
 from typing import Any
 
@@ -34,6 +34,8 @@ def ordered_call(
 
 def attend_with(selection: str, seed: int) -> Attend:
     """Draft attention with its choice of blocks made by one of `SELECTIONS`.
+
+    For `dispatch.attending`, in a model that is not compiled.
 
     Args:
         selection: its name.
