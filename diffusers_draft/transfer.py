@@ -5,6 +5,7 @@ once more, and pass a rank's own part through the communication kernel.
 """
 
 from collections.abc import Sequence
+from weakref import WeakKeyDictionary
 
 import torch
 import torch.distributed as dist
@@ -12,6 +13,8 @@ from torch import Tensor
 from torch.distributed.distributed_c10d import _resolve_process_group
 
 WORD = torch.int64
+
+_with_priority: WeakKeyDictionary[dist.ProcessGroup, dist.ProcessGroup] = WeakKeyDictionary()
 
 
 class Underway:
@@ -118,8 +121,20 @@ def place(parts: list[Tensor]) -> Tensor:
 
 
 def group_named(name: str) -> dist.ProcessGroup:
-    """The process group of that `group_name`: operators take strings, not groups."""
-    return _resolve_process_group(name)  # type: ignore[arg-type]  # newer torch: a type of its own for names
+    """The ranks of the process group with that `group_name`: operators take strings, not groups.
+
+    Where all processes exchange through NCCL, this is a group of its own with priority: what is sent or received takes
+    the next processors of the GPU that are free, and does not wait until attention, whose thread blocks are many, has
+    started the last of them.
+    """
+    group = _resolve_process_group(name)  # type: ignore[arg-type]  # newer torch: a type of its own for names
+    everyone = dist.get_process_group_ranks(group) == list(range(dist.get_world_size()))
+    if not everyone or "nccl" not in dist.get_backend_config(group):
+        return group
+    if group not in _with_priority:
+        options = dist.ProcessGroupNCCL.Options(is_high_priority_stream=True)
+        _with_priority[group] = dist.new_group(backend="nccl", pg_options=options)
+    return _with_priority[group]
 
 
 def _packed(tensor: Tensor) -> Tensor:

@@ -83,13 +83,12 @@ def attend_over_ranks(
         The attention, as `query`, and `kv_num_blocks`, `(B, H / ranks, N)` int32, of this rank's heads.
     """
     ranks = group_named(group)
-    heads = query.shape[2] // ranks.size()
-    parts = min(PARTS, heads)
-    bounds = [heads * part // parts for part in range(parts + 1)]
-    arriving = [start_to_heads(query, key, value, ranks, tokens, slice(*part)) for part in pairwise(bounds)]
+    arriving: list[Underway] = []
     leaving: list[Underway] = []
     kept: list[Tensor] = []
     try:
+        for part in _parts(query.shape[2] // ranks.size()):
+            arriving.append(start_to_heads(query, key, value, ranks, tokens, part))
         while arriving:  # a part is let go when it has attended
             q, k, v = arriving.pop(0).wait().transpose(1, 2)
             out, blocks = attend_with_fields(q, k, v, geometry, kv_len, sparsity, tile, budget, backend, scale)
@@ -98,6 +97,11 @@ def attend_over_ranks(
     finally:  # also after an error: or the rest would meet the next call's, in memory that is free by then
         came = [part.wait() for part in (*arriving, *leaving)]
     return place(came), torch.cat(kept, dim=1)
+
+
+def _parts(heads: int) -> list[slice]:
+    parts = min(PARTS, heads)
+    return [slice(*bounds) for bounds in pairwise(heads * part // parts for part in range(parts + 1))]
 
 
 @attend_over_ranks.register_fake

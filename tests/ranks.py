@@ -159,6 +159,24 @@ def exchanged(whole: Tensor, behind: int, groups: list[list[int]] | None = None)
     return heads, exchange.to_tokens(heads[0].transpose(1, 2).contiguous().transpose(1, 2))
 
 
+def exchanged_with_priority(whole: Tensor) -> tuple[list[Tensor], Tensor, list[dict[str, Any]]]:
+    """An exchange, and the groups that are made for it, where the group at hand seems to be one of NCCL."""
+    made = []
+    new_group, nccl = dist.new_group, mock.MagicMock()
+
+    def noted(**options: Any) -> Any:
+        made.append(options)
+        return new_group()
+
+    with (
+        mock.patch.object(dist, "get_backend_config", return_value="cpu:gloo,cuda:nccl"),
+        mock.patch.object(dist, "ProcessGroupNCCL", nccl, create=True),
+        mock.patch.object(dist, "new_group", noted),
+    ):
+        nccl.Options = dict
+        return *exchanged(whole, 5), made
+
+
 def attended(whole: Tensor, grid: Grid, kv_len: Tensor | None) -> tuple[Any, Any, list[str]]:
     """A rank's draft attention of `(3, B, S, H, D)` and kept blocks, or why there are none, and the calls in turn."""
     group: Any = dist.group.WORLD

@@ -7,12 +7,14 @@ import importlib
 import oracle
 import pytest
 import torch
+import torch.distributed as dist
 from torch import Tensor
 
 from diffusers_draft import draft_attention, kernels
 from diffusers_draft.block_mask import BlockMask
 from diffusers_draft.kernels import reference
 from diffusers_draft.layout import token_layout
+from diffusers_draft.transfer import group_named
 
 pytestmark = [
     pytest.mark.gpu,
@@ -177,3 +179,15 @@ def test_the_log_sum_exp_of_the_triton_kernel():
     allowed = oracle.token_mask(mask, torch.arange(777))
     exact = scores.masked_fill(~allowed, float("-inf")).logsumexp(-1)
     torch.testing.assert_close(lse.double().cpu(), exact, atol=2e-2, rtol=0)
+
+
+def test_exchanges_have_priority(tmp_path):
+    dist.init_process_group("nccl", init_method=f"file://{tmp_path}/store", rank=0, world_size=1)
+    try:
+        group = dist.group.WORLD
+        with_priority = group_named(group.group_name)
+        assert with_priority is not group and with_priority is group_named(group.group_name)
+        assert with_priority._get_backend(DEVICE).options.is_high_priority_stream
+        assert not group._get_backend(DEVICE).options.is_high_priority_stream
+    finally:
+        dist.destroy_process_group()

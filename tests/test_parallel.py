@@ -119,6 +119,15 @@ def test_two_groups_exchange_among_themselves(pool: Pool) -> None:
         assert torch.equal(tokens, torch.cat((whole[0, :, 7 * place : 7 * place + 7], whole[0, :, 14:]), 1) + rank % 2)
 
 
+def test_what_is_exchanged_goes_before_what_computes(pool: Pool) -> None:
+    """One group for both operators, made anew when the processes are in another."""
+    whole = torch.randn(3, 2, 2 * 7 + 5, 8, 16)
+    for _ in range(2):
+        for rank, (heads, _, made) in enumerate(pool.run(2, "exchanged_with_priority", whole)):
+            assert torch.equal(torch.stack(heads), whole[..., 4 * rank : 4 * rank + 4, :])
+            assert made == [dict(backend="nccl", pg_options=dict(is_high_priority_stream=True))]
+
+
 def test_the_operators_are_what_they_say(pool: Pool) -> None:
     for found in pool.run(2, "operators"):
         assert found == dict.fromkeys(("to_heads", "to_tokens", "attend_over_ranks"), "SUCCESS")
@@ -247,7 +256,9 @@ def test_a_model_is_split_once_and_in_a_group(pool: Pool) -> None:
 
 
 def test_bench_compares_several_gpus_with_one(pool: Pool) -> None:
-    for found in pool.run(2, "bench", False):
+    ranks = pool.run(2, "bench", False)
+    assert ranks[0] == ranks[1]
+    for found in ranks:
         assert not isinstance(found, Exception), found
         steps, sparse, prediction = found
         assert sparse == [ONE_GPU, "draft 0.8"]

@@ -26,7 +26,8 @@ class Time:
 def measure(call: Callable[[], object], seconds: float = 1.0) -> Time:
     """Times a call after warming up, waiting for the device around every block of runs.
 
-    In a group of processes all of them make the same calls, whose exchanges would not meet otherwise.
+    In a group of processes all of them make the same calls, whose exchanges would not meet otherwise, and the result
+    is the mean of theirs: no two GPUs are equally fast.
     """
     for _ in range(2):
         call()
@@ -37,8 +38,10 @@ def measure(call: Callable[[], object], seconds: float = 1.0) -> Time:
         runs = max(3, math.ceil(seconds / first.item()))
         for _ in range(runs):  # until the GPUs have the clocks that they can keep
             call()
-        times = torch.tensor([timer.timeit(1).mean for _ in range(runs)]) * 1e3
-        low, median, high = times.quantile(torch.tensor([0.25, 0.5, 0.75])).tolist()
+        times = torch.tensor([timer.timeit(1).mean for _ in range(runs)], dtype=torch.float64) * 1e3
+        quartiles = times.quantile(torch.tensor([0.25, 0.5, 0.75], dtype=torch.float64)).to(first)
+        dist.all_reduce(quartiles)
+        low, median, high = (quartiles / dist.get_world_size()).tolist()
         return Time(median, low, high, runs)
     result = timer.blocked_autorange(min_run_time=seconds)
     low, high = (float(torch.tensor(result.times).quantile(q)) * 1e3 for q in (0.25, 0.75))
