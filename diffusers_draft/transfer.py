@@ -128,13 +128,14 @@ def group_named(name: str) -> dist.ProcessGroup:
     started the last of them.
     """
     group = _resolve_process_group(name)  # type: ignore[arg-type]  # newer torch: a type of its own for names
-    everyone = dist.get_process_group_ranks(group) == list(range(dist.get_world_size()))
-    if not everyone or "nccl" not in dist.get_backend_config(group):
-        return group
-    if group not in _with_priority:
+    if group not in _with_priority and _is_everyone(group) and "nccl" in dist.get_backend_config(group):
         options = dist.ProcessGroupNCCL.Options(is_high_priority_stream=True)
         _with_priority[group] = dist.new_group(backend="nccl", pg_options=options)
-    return _with_priority[group]
+    return _with_priority.get(group, group)
+
+
+def _is_everyone(group: dist.ProcessGroup) -> bool:
+    return dist.get_process_group_ranks(group) == list(range(dist.get_world_size()))
 
 
 def _packed(tensor: Tensor) -> Tensor:

@@ -11,6 +11,7 @@ import socket
 from collections.abc import Callable
 from contextlib import redirect_stderr, redirect_stdout
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 from unittest import mock
 
@@ -150,19 +151,23 @@ def exchanged(whole: Tensor, behind: int, groups: list[list[int]] | None = None)
     for number, made in enumerate(map(dist.new_group, groups or [])):
         if dist.get_rank() in groups[number]:  # type: ignore[index]
             group, whole = made, whole + number
-    size, rank = group.size(), group.rank()
     video = whole.shape[2] - behind
-    mine = [*range(rank * video // size, (rank + 1) * video // size), *range(video, whole.shape[2])]
-    query, key, value = whole[:, :, mine].transpose(2, 3).contiguous().transpose(2, 3)
+    query, key, value = _of_rank(group, whole, video).transpose(2, 3).contiguous().transpose(2, 3)
     exchange = Exchange(group, video, behind > 0)
     heads = exchange.to_heads(query, key, value)
     return heads, exchange.to_tokens(heads[0].transpose(1, 2).contiguous().transpose(1, 2))
 
 
+def _of_rank(group: Any, whole: Tensor, video: int) -> Tensor:
+    """This rank's tokens: its share of the video, and all that are behind."""
+    share = video // group.size()
+    return whole[:, :, [*range(group.rank() * share, (group.rank() + 1) * share), *range(video, whole.shape[2])]]
+
+
 def exchanged_with_priority(whole: Tensor) -> tuple[list[Tensor], Tensor, list[dict[str, Any]]]:
     """An exchange, and the groups that are made for it, where the group at hand seems to be one of NCCL."""
     made = []
-    new_group, nccl = dist.new_group, mock.MagicMock()
+    new_group = dist.new_group
 
     def noted(**options: Any) -> Any:
         made.append(options)
@@ -170,10 +175,9 @@ def exchanged_with_priority(whole: Tensor) -> tuple[list[Tensor], Tensor, list[d
 
     with (
         mock.patch.object(dist, "get_backend_config", return_value="cpu:gloo,cuda:nccl"),
-        mock.patch.object(dist, "ProcessGroupNCCL", nccl, create=True),
+        mock.patch.object(dist, "ProcessGroupNCCL", SimpleNamespace(Options=dict), create=True),
         mock.patch.object(dist, "new_group", noted),
     ):
-        nccl.Options = dict
         return *exchanged(whole, 5), made
 
 
@@ -181,8 +185,6 @@ def attended(whole: Tensor, grid: Grid, kv_len: Tensor | None) -> tuple[Any, Any
     """A rank's draft attention of `(3, B, S, H, D)` and kept blocks, or why there are none, and the calls in turn."""
     group: Any = dist.group.WORLD
     video = math.prod(grid)
-    share = video // group.size()
-    mine = [*range(group.rank() * share, (group.rank() + 1) * share), *range(video, whole.shape[2])]
     calls = []
     waited = transfer.Underway.wait
 
@@ -195,7 +197,7 @@ def attended(whole: Tensor, grid: Grid, kv_len: Tensor | None) -> tuple[Any, Any
     wait = mock.patch.object(transfer.Underway, "wait", lambda part: calls.append("wait") or waited(part))
     with noted("start_to_heads"), noted("attend_with_fields"), noted("start_to_tokens"), wait:
         try:
-            out, kept = exchange.attend(*whole[:, :, mine], geometry, kv_len, config)
+            out, kept = exchange.attend(*_of_rank(group, whole, video), geometry, kv_len, config)
         except ValueError as error:
             return str(error), None, calls
     return out, kept, calls

@@ -38,8 +38,8 @@ def measure(call: Callable[[], object], seconds: float = 1.0) -> Time:
         runs = max(3, math.ceil(seconds / first.item()))
         for _ in range(runs):  # until the GPUs have the clocks that they can keep
             call()
-        times = torch.tensor([timer.timeit(1).mean for _ in range(runs)], dtype=torch.float64) * 1e3
-        quartiles = times.quantile(torch.tensor([0.25, 0.5, 0.75], dtype=torch.float64)).to(first)
+        times = torch.tensor([timer.timeit(1).mean for _ in range(runs)]) * 1e3
+        quartiles = times.quantile(torch.tensor([0.25, 0.5, 0.75])).to(first)
         dist.all_reduce(quartiles)
         low, median, high = (quartiles / dist.get_world_size()).tolist()
         return Time(median, low, high, runs)

@@ -22,17 +22,21 @@ def add_parser(subparsers: argparse._SubParsersAction) -> None:
     add_ulysses(parser)
     parser.add_argument("--prompt", required=True, help="what the video shall show")
     parser.add_argument("--seed", type=int, default=0, help="of the noise (default: 0)")
-    parser.add_argument("--sparsity", type=float, help="share of the block pairs to skip (default: %(default)s)")
-    parser.add_argument("--budget", choices=["row", "head"], help="default: %(default)s; the paper: head")
-    parser.add_argument("--tile", help="tokens of a block (default: %(default)s; the paper: 8x16)")
+    draft, default = DraftConfig, "default: %(default)s"
+    parser.add_argument(
+        "--sparsity", type=float, default=draft.sparsity, help=f"share of the block pairs to skip ({default})"
+    )
+    parser.add_argument("--budget", choices=["row", "head"], default=draft.budget, help=f"{default}; the paper: head")
+    parser.add_argument(
+        "--tile", default=format_tile(draft.tile), help=f"tokens of a block ({default}; the paper: 8x16)"
+    )
     parser.add_argument(
         "--dense-steps", type=float, metavar="SHARE", help="of the run that stays dense (default: as in the paper)"
     )
-    parser.add_argument("--backend", default="auto", help="what computes the sparse attention (default: auto)")
+    parser.add_argument("--backend", default=draft.backend, help=f"what computes the sparse attention ({default})")
     parser.add_argument("--dense", action="store_true", help="leave draft attention out, to compare with")
     parser.add_argument("--output", type=Path, default=Path("out.mp4"), metavar="FILE", help="default: out.mp4")
-    draft = DraftConfig()
-    parser.set_defaults(run=run, sparsity=draft.sparsity, budget=draft.budget, tile=format_tile(draft.tile))
+    parser.set_defaults(run=run)
 
 
 def run(args: argparse.Namespace) -> None:
