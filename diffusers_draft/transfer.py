@@ -80,9 +80,13 @@ def start_to_heads(
     batch, _, _, heads, head_dim = parts[0].shape
     whole = query.new_empty(3, sum(tokens), batch, heads, head_dim)
     underway = Underway(whole, ranks)
-    # One after the other: while the query is on its way, the key is made ready.
-    for tensor, received in zip(parts, whole, strict=True):
-        underway.swap(tensor.permute(2, 1, 0, 3, 4).unbind(), received.split(tokens))
+    try:
+        # One after the other: while the query is on its way, the key is made ready.
+        for tensor, received in zip(parts, whole, strict=True):
+            underway.swap(tensor.permute(2, 1, 0, 3, 4).unbind(), received.split(tokens))
+    except BaseException:
+        underway.wait()
+        raise
     return underway
 
 

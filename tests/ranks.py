@@ -8,7 +8,7 @@ import itertools
 import math
 import os
 import socket
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from contextlib import redirect_stderr, redirect_stdout
 from pathlib import Path
 from types import SimpleNamespace
@@ -181,8 +181,13 @@ def exchanged_with_priority(whole: Tensor) -> tuple[list[Tensor], Tensor, list[d
         return *exchanged(whole, 5), made
 
 
-def attended(whole: Tensor, grid: Grid, kv_len: Tensor | None) -> tuple[Any, Any, list[str]]:
-    """A rank's draft attention of `(3, B, S, H, D)` and kept blocks, or why there are none, and the calls in turn."""
+def attended(
+    whole: Tensor, grid: Grid, kv_len: Tensor | None, fitting: float = math.inf
+) -> tuple[Any, Any, list[str]]:
+    """A rank's draft attention of `(3, B, S, H, D)` and kept blocks, or why there are none, and the calls in turn.
+
+    There is memory to pack `fitting` tensors that are to be sent.
+    """
     group: Any = dist.group.WORLD
     video = math.prod(grid)
     calls = []
@@ -195,12 +200,21 @@ def attended(whole: Tensor, grid: Grid, kv_len: Tensor | None) -> tuple[Any, Any
     exchange = Exchange(group, video, whole.shape[2] > video)
     geometry, config = torch.tensor([*grid, 0]), DraftConfig(sparsity=0.7, tile=(2, 4, 4))
     wait = mock.patch.object(transfer.Underway, "wait", lambda part: calls.append("wait") or waited(part))
-    with noted("start_to_heads"), noted("attend_with_fields"), noted("start_to_tokens"), wait:
+    pack = mock.patch.object(
+        transfer, "_packed", functools.partial(_packed, transfer._packed, itertools.count(), fitting)
+    )
+    with noted("start_to_heads"), noted("attend_with_fields"), noted("start_to_tokens"), wait, pack:
         try:
             out, kept = exchange.attend(*_of_rank(group, whole, video), geometry, kv_len, config)
-        except ValueError as error:
+        except (ValueError, torch.OutOfMemoryError) as error:
             return str(error), None, calls
     return out, kept, calls
+
+
+def _packed(pack: Callable[[Tensor], Tensor], packed: Iterator[int], fitting: float, tensor: Tensor) -> Tensor:
+    if next(packed) >= fitting:
+        raise torch.OutOfMemoryError(f"no memory for {tuple(tensor.shape)}")
+    return pack(tensor)
 
 
 def operators() -> dict[str, str]:

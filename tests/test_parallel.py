@@ -111,6 +111,19 @@ def test_what_is_underway_is_awaited_after_an_error(pool: Pool) -> None:
         assert calls == ["start_to_heads", "start_to_heads", "wait", "attend_with_fields", "wait"]
 
 
+@pytest.mark.parametrize(
+    ("fitting", "expected"),
+    [(2, ["start_to_heads", "wait"]), (4, ["start_to_heads", "start_to_heads", "wait", "wait"])],
+)
+def test_what_is_underway_is_awaited_where_the_rest_cannot_be_sent(
+    pool: Pool, fitting: int, expected: list[str]
+) -> None:
+    whole = torch.randn(3, 1, math.prod(EVEN) + 5, 4, 16)
+    for message, _, calls in pool.run(2, "attended", whole, EVEN, None, fitting):
+        assert "no memory" in message
+        assert calls == expected
+
+
 def test_two_groups_exchange_among_themselves(pool: Pool) -> None:
     whole = torch.randn(3, 2, 2 * 7 + 5, 8, 16)
     for rank, (heads, tokens) in enumerate(pool.run(4, "exchanged", whole, 5, [[0, 2], [1, 3]])):
