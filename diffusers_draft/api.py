@@ -8,16 +8,16 @@ from typing import Any
 import diffusers
 from torch import nn
 
-from .attach import Attachment, attachment_of
+from .attention.layout import Tile
 from .config import Budget, DraftConfig
 from .families import Family, families, family_of
 from .families.unsupported import reason_against
-from .layers import processors_of, stock_class
-from .layout import Tile
-from .report import DraftReport, report_on
-from .schedule import Schedule
-from .shadow import can_be_patched
-from .splitting import check_layers
+from .patching.attachment import Attachment, attachment_of
+from .patching.layers import processors_of, stock_class
+from .patching.processors import can_be_patched
+from .patching.report import DraftReport, report_on
+from .patching.schedule import Schedule
+from .patching.splitting import check_layers
 
 
 class DraftHandle:
@@ -77,7 +77,7 @@ def enable_draft_attention(
         dense_steps: share of the run's steps, from its start, that stay dense.
         dense_timestep: steps whose timestep is above this stay dense; by default what the paper's code does.
         dense_layers: indices of self-attention layers that stay dense; by default what the paper's code does.
-        backend: `"auto"` or a name from `diffusers_draft.kernels.BACKENDS`.
+        backend: `"auto"` or a name from `diffusers_draft.attention.kernels.BACKENDS`.
         config: all settings in one object, instead of the arguments above.
 
     Returns:

@@ -7,9 +7,9 @@ from dataclasses import dataclass, replace
 from numbers import Integral
 from typing import Literal
 
-from .kernels import check_name
-from .layout import Tile
-from .select import BUDGETS
+from .attention.kernels import check_name
+from .attention.layout import Tile
+from .attention.select import BUDGETS
 
 Budget = Literal["head", "row"]
 
@@ -28,7 +28,7 @@ class DraftConfig:
         dense_steps: share of the run's steps, from its start, that stay dense, in [0, 1]. Overrides `dense_timestep`.
         dense_timestep: steps whose timestep is above this stay dense, in the scheduler's units.
         dense_layers: layers that stay dense, as indices into the model's self-attention layers in execution order.
-        backend: `"auto"` or a name from `diffusers_draft.kernels.BACKENDS`.
+        backend: `"auto"` or a name from `diffusers_draft.attention.kernels.BACKENDS`.
 
     Raises:
         ValueError: if an option is out of range; the message says what was expected and what came.

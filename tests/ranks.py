@@ -24,16 +24,19 @@ from diffusers import ContextParallelConfig, HunyuanVideoTransformer3DModel, Wan
 from models import TINY, Grid, build
 from torch import Tensor
 
-from diffusers_draft import enable_draft_attention, plain, transfer, ulysses_ops
-from diffusers_draft.bench import models as bench_models
-from diffusers_draft.bench import step as bench_step
-from diffusers_draft.bench.shapes import Shape
+from diffusers_draft import enable_draft_attention
+from diffusers_draft.attention.ranks import operators as ulysses_ops
+from diffusers_draft.attention.ranks import transfer
+from diffusers_draft.attention.ranks.exchange import Exchange
+from diffusers_draft.attention.steps import plain
 from diffusers_draft.cli import main
 from diffusers_draft.config import DraftConfig
-from diffusers_draft.dispatch import attending
-from diffusers_draft.evaluation.replacement import attend_with
-from diffusers_draft.parallel import enable_parallelism
-from diffusers_draft.ulysses import Exchange
+from diffusers_draft.patching.dispatch import attending
+from diffusers_draft.patching.parallel import enable_parallelism
+from diffusers_draft.tools.bench import models as bench_models
+from diffusers_draft.tools.bench import step as bench_step
+from diffusers_draft.tools.bench.shapes import Shape
+from diffusers_draft.tools.evaluation.replacement import attend_with
 
 
 def even_text(batch: int, grid: Grid) -> models.Inputs:

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from diffusers_draft import DraftConfig, draft_attention
-from diffusers_draft.kernels import BACKENDS
+from diffusers_draft.attention.kernels import BACKENDS
 
 NAN = float("nan")
 GRID = (1, 8, 16)

@@ -7,15 +7,15 @@ from pathlib import Path
 
 import torch
 
-from .. import kernels
-from ..bench import step as one_step
-from ..bench.attention import Case, run_dense, run_draft
-from ..bench.measure import environment
-from ..bench.models import MODELS
-from ..bench.shapes import SHAPES, Shape, random_inputs, structured_inputs
-from ..bench.summary import plot_sweep, speed_page, speed_section
-from ..bench.table import format_table, plot
+from ..attention import kernels
 from ..config import DraftConfig, check_grid
+from ..tools.bench import step as one_step
+from ..tools.bench.attention import Case, run_dense, run_draft
+from ..tools.bench.measure import environment
+from ..tools.bench.models import MODELS
+from ..tools.bench.shapes import SHAPES, Shape, random_inputs, structured_inputs
+from ..tools.bench.summary import plot_sweep, speed_page, speed_section
+from ..tools.bench.table import format_table, plot
 from . import CommandError
 from .ranks import Ranks, add_ulysses, together
 

@@ -48,12 +48,12 @@ def run(args: argparse.Namespace) -> None:
     """
     config = _checked_config(args)
     check_packages("demo", "imageio", "imageio_ffmpeg", "transformers", "ftfy", "matplotlib", "torchmetrics")
-    from ..demo import model, pictures
-    from ..demo.capture import captured
-    from ..evaluation.metrics import fidelity, fidelity_metrics
-    from ..generation.run import Clip, call_arguments
-    from ..generation.run import run as generate
-    from ..generation.video import check_writable, write_video
+    from ..tools.demo import model, pictures
+    from ..tools.demo.capture import captured
+    from ..tools.evaluation.metrics import fidelity, fidelity_metrics
+    from ..tools.generation.run import Clip, call_arguments
+    from ..tools.generation.run import run as generate
+    from ..tools.generation.video import check_writable, write_video
 
     with one_line(OSError, ValueError):
         model.check_prompt(args.prompt)

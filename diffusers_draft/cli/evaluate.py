@@ -61,15 +61,15 @@ def run(args: argparse.Namespace) -> None:
             was finished before stays.
     """
     check_packages("eval", "imageio", "imageio_ffmpeg", "transformers", "ftfy", "matplotlib", "torchmetrics", "tqdm")
-    from ..evaluation import Store, Study, read_prompts
-    from ..evaluation.attention import Samples
-    from ..evaluation.metrics import fidelity_metrics
-    from ..evaluation.results import NAMES, write_results
-    from ..evaluation.table import as_text
-    from ..evaluation.vbench import check_installed
-    from ..generation.loading import device
-    from ..generation.run import call_arguments
-    from ..generation.video import check_writable
+    from ..tools.evaluation import Store, Study, read_prompts
+    from ..tools.evaluation.attention import Samples
+    from ..tools.evaluation.metrics import fidelity_metrics
+    from ..tools.evaluation.results import NAMES, write_results
+    from ..tools.evaluation.table import as_text
+    from ..tools.evaluation.vbench import check_installed
+    from ..tools.generation.loading import device
+    from ..tools.generation.run import call_arguments
+    from ..tools.generation.video import check_writable
 
     with one_line(OSError, ValueError, ImportError):
         if args.vbench:
@@ -103,8 +103,8 @@ def run(args: argparse.Namespace) -> None:
 
 
 def _settings(args: argparse.Namespace) -> list[Any]:
-    from ..evaluation import grid, parse_setting
-    from ..evaluation.settings import PARSERS, parse_value
+    from ..tools.evaluation import grid, parse_setting
+    from ..tools.evaluation.settings import PARSERS, parse_value
 
     lists = {key: [parse_value(key, text) for text in getattr(args, key)] for key in PARSERS if getattr(args, key, 0)}
     if not lists and not args.setting:

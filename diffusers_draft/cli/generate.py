@@ -52,9 +52,9 @@ def run(args: argparse.Namespace) -> None:
 
 
 def _run(args: argparse.Namespace, ranks: Ranks) -> None:
-    from ..generation.run import call_arguments
-    from ..generation.run import run as run_pipeline
-    from ..generation.video import check_writable
+    from ..tools.generation.run import call_arguments
+    from ..tools.generation.run import run as run_pipeline
+    from ..tools.generation.video import check_writable
 
     with one_line(ValueError, OSError):
         config = DraftConfig(
@@ -81,7 +81,7 @@ def _run(args: argparse.Namespace, ranks: Ranks) -> None:
 
 
 def _write(frames: Any, path: Path, fps: float) -> None:
-    from ..generation.video import keep_frames, write_video
+    from ..tools.generation.video import keep_frames, write_video
 
     try:
         write_video(frames, path, fps)

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from PIL import Image
 
-from ..generation.loading import Model, load
+from ..tools.generation.loading import Model, load
 from . import CommandError, one_line
 
 CALL = {

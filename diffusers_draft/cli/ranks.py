@@ -59,7 +59,7 @@ class Ranks:
             pipe.set_progress_bar_config(disable=True)
         from diffusers import ContextParallelConfig
 
-        from ..parallel import enable_parallelism
+        from ..patching.parallel import enable_parallelism
 
         dist.monitored_barrier(dist.new_group(backend="gloo", timeout=LOADING), LOADING)
         with one_line(ValueError, NotImplementedError):

@@ -25,8 +25,8 @@ def run(args: argparse.Namespace) -> None:
         CommandError: for a file that cannot be read or is none of eval's, and for a missing package.
     """
     check_packages("eval", "imageio", "imageio_ffmpeg", "torchmetrics", "matplotlib", "tqdm")
-    from ..evaluation.results import read_results
-    from ..evaluation.table import as_text
+    from ..tools.evaluation.results import read_results
+    from ..tools.evaluation.table import as_text
 
     for file in args.files:
         try:

@@ -10,7 +10,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from ..layout import Grid
+from ..attention.layout import Grid
 
 Inputs = dict[str, Any]
 """Arguments of one transformer forward, by name."""

@@ -1,7 +1,7 @@
 """Allegro: video tokens alone."""
 
 from . import Family, splits
-from .latents import channels_first
+from .locate.latents import channels_first
 
 ALLEGRO = Family(
     name="Allegro",

@@ -1,7 +1,7 @@
 """AnyFlow: Wan's layout with the frames in front of the channels."""
 
 from . import Family
-from .latents import frames_first
+from .locate.latents import frames_first
 
 ANYFLOW = Family(
     name="AnyFlow",

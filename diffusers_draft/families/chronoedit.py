@@ -1,7 +1,7 @@
 """ChronoEdit: Wan's layout; the number of frames drops in the middle of a run."""
 
 from . import Family, splits
-from .latents import channels_first
+from .locate.latents import channels_first
 
 CHRONOEDIT = Family(
     name="ChronoEdit",

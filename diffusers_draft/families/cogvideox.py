@@ -4,7 +4,7 @@ import dataclasses
 from typing import Any
 
 from . import Family, Inputs, VideoTokens, splits
-from .latents import frames_first
+from .locate.latents import frames_first
 
 
 def video(inputs: Inputs, config: Any) -> VideoTokens:

@@ -6,7 +6,7 @@ from typing import Any
 import torch
 
 from . import Family, Inputs, VideoTokens
-from .latents import channels_first, history
+from .locate.latents import channels_first, history
 
 HISTORY = {"latents_clean": 1, "latents_history_2x": 2, "latents_history_4x": 4}
 """Inputs in front of the video and how much coarser than latents their patches are."""

@@ -3,7 +3,7 @@
 from typing import Any
 
 from . import Family, Inputs, VideoTokens
-from .latents import channels_first, history
+from .locate.latents import channels_first, history
 
 HISTORY = {"latents_history_short": 1, "latents_history_mid": 2, "latents_history_long": 4}
 """Inputs in front of the video and how much coarser than its own their patches are."""

@@ -6,7 +6,7 @@ from typing import Any
 import torch
 
 from . import Family, Inputs, VideoTokens, splits
-from .latents import channels_first
+from .locate.latents import channels_first
 
 
 def video(inputs: Inputs, config: Any) -> VideoTokens:

@@ -6,8 +6,8 @@ from typing import Any
 from torch import Tensor
 
 from . import Family, Inputs, VideoTokens
-from .latents import channels_last
-from .reading import read_once
+from .locate.latents import channels_last
+from .locate.reading import read_once
 
 NO_SPLIT = "neither diffusers nor draft attention has a plan that splits its forward yet"
 

@@ -1,7 +1,7 @@
 """LTX-Video: packed latents, tokens of conditions in front of the video."""
 
 from . import Family, splits
-from .coordinates import from_arguments
+from .locate.coordinates import from_arguments
 
 LTX = Family(
     name="LTX-Video",

@@ -1,7 +1,7 @@
 """LTX-2: packed latents, keyframe and reference tokens behind the video, an audio stream of its own."""
 
 from . import Family, splits
-from .coordinates import from_arguments
+from .locate.coordinates import from_arguments
 
 LTX2 = Family(
     name="LTX-2",

@@ -3,7 +3,7 @@
 from typing import Any
 
 from . import Family, Inputs, VideoTokens
-from .coordinates import from_positions
+from .locate.coordinates import from_positions
 
 
 def video(inputs: Inputs, config: Any) -> VideoTokens:

@@ -4,8 +4,8 @@ import math
 from typing import Any
 
 from . import Family, Inputs, VideoTokens
-from .latents import channels_first
-from .padding import lengths_of
+from .locate.latents import channels_first
+from .locate.padding import lengths_of
 
 
 def video(inputs: Inputs, config: Any) -> VideoTokens:

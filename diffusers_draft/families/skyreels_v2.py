@@ -1,7 +1,7 @@
 """SkyReels-V2, also with diffusion forcing: Wan's layout; its causal masks are not honoured sparsely."""
 
 from . import Family, splits
-from .latents import channels_first
+from .locate.latents import channels_first
 
 SKYREELS_V2 = Family(
     name="SkyReels-V2",

@@ -4,7 +4,7 @@ import dataclasses
 from typing import Any
 
 from . import Family, Inputs, VideoTokens, splits
-from .latents import channels_first
+from .locate.latents import channels_first
 
 
 def behind_reference(inputs: Inputs, config: Any) -> VideoTokens:

@@ -6,7 +6,7 @@ from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from torch import nn
 from transformers import PreTrainedTokenizerFast, UMT5Config, UMT5EncoderModel
 
-from ..demo.scenes import WORDS
+from ..tools.demo.scenes import WORDS
 
 LATENT_CHANNELS = 12
 TEXT_DIM = 64

@@ -9,9 +9,9 @@ from matplotlib.figure import Figure
 from PIL import Image
 
 from .. import __version__
-from ..bench.measure import environment
-from ..demo.scenes import captions
-from ..generation.run import call_arguments, run
+from ..tools.bench.measure import environment
+from ..tools.demo.scenes import captions
+from ..tools.generation.run import call_arguments, run
 from .clips import HELD_OUT, scenes
 from .flow import USES
 from .loop import Progress

@@ -4,8 +4,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ..demo.drawing import draw
-from ..demo.scenes import Scenes, captions, sample_scenes
+from ..tools.demo.drawing import draw
+from ..tools.demo.scenes import Scenes, captions, sample_scenes
 
 HELD_OUT = 1 << 31
 """Numbers from here on are not trained on."""

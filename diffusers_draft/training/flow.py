@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from ..layout import Grid
+from ..attention.layout import Grid
 from .architecture import FLOW_SHIFT
 from .autoencoder import encode
 from .clips import clips, noise_generator

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from .. import __version__
-from ..generation.files import whole_or_not
+from ..tools.generation.files import whole_or_not
 from .gradients import Gradients
 from .muon import Muon
 

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from diffusers.configuration_utils import ConfigMixin
 
-from ..generation.loading import Model, device, from_pretrained, load
+from ..tools.generation.loading import Model, device, from_pretrained, load
 from .architecture import untrained_pipeline
 from .autoencoder import autoencoder_phase, measure_latents, reconstruction_psnr
 from .card import write_card

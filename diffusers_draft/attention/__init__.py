@@ -1,0 +1,1 @@
+"""The method: draft attention on torch alone."""

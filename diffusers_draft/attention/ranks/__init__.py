@@ -1,0 +1,1 @@
+"""Draft attention over several GPUs (Ulysses): ranks exchange tokens for heads and back."""

@@ -1,0 +1,6 @@
+"""The steps around the kernel in Triton, for GPUs: each reads and writes its tensors once and never waits."""
+
+from .fused_order import order, restore
+from .fused_select import select
+
+__all__ = ["order", "restore", "select"]

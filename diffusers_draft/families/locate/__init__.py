@@ -1,0 +1,1 @@
+"""Finds the video tokens from the arguments of a forward."""

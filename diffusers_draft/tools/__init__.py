@@ -1,0 +1,1 @@
+"""Tools for users: generate, evaluate, measure speed, and the demo."""

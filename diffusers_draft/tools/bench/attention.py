@@ -1,0 +1,197 @@
+"""One attention call: dense baselines, every backend and the stages, each checked before it is timed."""
+
+import contextlib
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.nn.functional import scaled_dot_product_attention
+
+from ...attention import kernels
+from ...attention.block_mask import BlockMask
+from ...attention.call import draft_attention, steps_for
+from ...attention.layout import Tile, token_layout
+from ...config import Budget
+from .measure import Time, measure
+from .shapes import Shape
+
+TOLERANCE = {torch.float32: 1e-4, torch.float16: 5e-3, torch.bfloat16: 2e-2}
+"""Largest error, relative to float32 rows, at which a time is printed."""
+
+
+@dataclass(frozen=True)
+class Row:
+    """One line of the table.
+
+    Attributes:
+        name: what was run.
+        kind: `"dense"`, `"draft"` (the whole operator) or `"stage"`.
+        sparsity: what was asked for; None for dense.
+        budget: `"head"` or `"row"`; None for dense.
+        time: None where it could not run or was wrong.
+        density: share of the block pairs that was computed.
+        error: relative to float32 rows, on sampled query blocks.
+        note: why there is no time.
+    """
+
+    name: str
+    kind: str
+    sparsity: float | None = None
+    budget: str | None = None
+    time: Time | None = None
+    density: float | None = None
+    error: float | None = None
+    note: str = ""
+
+
+@dataclass(frozen=True)
+class Case:
+    """Inputs of one shape: `(B, S, H, D)` each, with the dense float32 rows they are checked against."""
+
+    shape: Shape
+    tensors: tuple[Tensor, ...]
+    seconds: float
+
+    @property
+    def scale(self) -> float:
+        return self.shape.head_dim**-0.5
+
+
+def run_dense(case: Case) -> Iterator[Row]:
+    """Times what diffusers runs by default and the dense kernels that can be had."""
+    for name, call in _dense_calls(case).items():
+        yield _checked_row(name, "dense", case, call, _dense_rows(case))
+
+
+def run_draft(case: Case, sparsity: float, budget: Budget, tile: Tile, backends: list[str]) -> Iterator[Row]:
+    """Times the whole operator with each backend, and the stages with the backend that `auto` takes."""
+    query, key, value = case.tensors
+    state = _stages(case, sparsity, budget, tile)
+    mask: BlockMask = state["mask"]
+    expected = _sparse_rows(case, state)
+    facts: dict[str, Any] = {"sparsity": sparsity, "budget": budget, "density": float(mask.density())}
+    for backend in backends:
+
+        def call(backend: str = backend) -> Tensor:
+            return draft_attention(
+                query, key, value, case.shape.grid, sparsity=sparsity, budget=budget, tile=tile, backend=backend
+            )
+
+        yield _checked_row(backend, "draft", case, call, expected, **facts)
+    for name, call in state["calls"].items():
+        yield Row(f"stage: {name}", "stage", time=measure(call, case.seconds), **facts)
+
+
+def _dense_calls(case: Case) -> dict[str, Callable[[], Tensor]]:
+    query, key, value = case.tensors
+    q, k, v = (tensor.transpose(1, 2) for tensor in case.tensors)
+
+    def sdpa(backend: SDPBackend) -> Callable[[], Tensor]:
+        def call() -> Tensor:
+            with sdpa_kernel(backend):
+                return scaled_dot_product_attention(q, k, v).transpose(1, 2)
+
+        return call
+
+    def diffusers_default() -> Tensor:
+        from diffusers.models.attention_dispatch import dispatch_attention_fn
+
+        padding = None
+        if case.shape.text:  # HunyuanVideo passes a mask even when nothing is padded
+            padding = torch.ones(case.shape.batch, 1, 1, case.shape.seq_len, dtype=torch.bool, device=query.device)
+        return dispatch_attention_fn(query, key, value, attn_mask=padding)
+
+    def sdpa_default() -> Tensor:
+        return scaled_dot_product_attention(q, k, v).transpose(1, 2)
+
+    calls = {"diffusers default": diffusers_default, "sdpa": sdpa_default}
+    if query.is_cuda:
+        calls["sdpa flash"] = sdpa(SDPBackend.FLASH_ATTENTION)
+        calls["sdpa cudnn"] = sdpa(SDPBackend.CUDNN_ATTENTION)
+        with contextlib.suppress(ImportError):
+            from flash_attn.cute.interface import _flash_attn_fwd
+
+            calls["fa4"] = lambda: _flash_attn_fwd(query, key, value, softmax_scale=case.scale)[0]
+    return calls
+
+
+def _stages(case: Case, sparsity: float, budget: Budget, tile: Tile) -> dict[str, Any]:
+    """Runs the operator once, stage by stage, and keeps what the checks and the timings need."""
+    query, key, value = case.tensors
+    shape = case.shape
+    layout = token_layout(shape.grid, 0, shape.seq_len, tile, query.device)
+    steps = steps_for(query, key, value)
+    choice = kernels.choose("auto", query.device, query.dtype, shape.head_dim, layout.block)
+
+    def order() -> tuple[Tensor, ...]:
+        (q, q_means), (k, k_means) = steps.order(query, layout), steps.order(key, layout)
+        return q, k, steps.order(value, layout, average=False)[0], q_means, k_means
+
+    q, k, v, q_means, k_means = order()
+
+    def select() -> BlockMask:
+        return steps.select(q_means, k_means, case.scale, sparsity, budget, layout, None)
+
+    mask = select()
+    out = choice.forward(q, k, v, mask, case.scale)
+    calls = {
+        "order": order,
+        "draft and select": select,
+        f"kernel ({choice.name})": lambda: choice.forward(q, k, v, mask, case.scale),
+        "restore": lambda: steps.restore(out, layout),
+    }
+    return {"mask": mask, "layout": layout, "calls": calls}
+
+
+Expected = list[tuple[tuple[Any, ...], Tensor]]
+"""Places in a `(B, S, H, D)` result and the float32 values that belong there."""
+
+
+def _sampled_rows(case: Case, num_blocks: int) -> Iterator[tuple[int, int, int]]:
+    generator = torch.Generator().manual_seed(0)
+    for row in [0, num_blocks - 1, *torch.randint(num_blocks, (6,), generator=generator).tolist()]:
+        yield case.shape.batch - 1, int(torch.randint(case.shape.heads, (1,), generator=generator)), row
+
+
+def _dense_rows(case: Case, block: int = 128) -> Expected:
+    return [
+        (where, _attend_row(case, where, slice(None)))
+        for sample, head, row in _sampled_rows(case, -(-case.shape.seq_len // block))
+        for where in [(sample, slice(row * block, (row + 1) * block), head)]
+    ]
+
+
+def _sparse_rows(case: Case, state: dict[str, Any]) -> Expected:
+    mask, order = state["mask"], state["layout"].order
+    expected = []
+    for sample, head, row in _sampled_rows(case, mask.kv_num_blocks.shape[-1]):
+        kept = mask.kv_indices[sample, head, row, : mask.kv_num_blocks[sample, head, row]].long()
+        keys = (kept[:, None] * mask.block + torch.arange(mask.block, device=kept.device)).flatten()
+        where = (sample, order[row * mask.block : (row + 1) * mask.block], head)
+        expected.append((where, _attend_row(case, where, order[keys[keys < mask.seq_len]])))
+    return expected
+
+
+def _attend_row(case: Case, where: tuple[Any, ...], keys: Any) -> Tensor:
+    query, key, value = case.tensors
+    sample, _, head = where
+    scores = query[where].double() @ key[sample, keys, head].double().T * case.scale
+    return (torch.softmax(scores, dim=-1) @ value[sample, keys, head].double()).float()
+
+
+def _checked_row(
+    name: str, kind: str, case: Case, call: Callable[[], Tensor], expected: Expected, **facts: Any
+) -> Row:
+    try:
+        out = call()
+    except (ImportError, RuntimeError, ValueError) as failure:
+        return Row(name, kind, note=str(failure).split("\n")[0], **facts)
+    difference = sum(float((out[where].float() - rows).square().sum()) for where, rows in expected)
+    error = (difference / sum(float(rows.square().sum()) for _, rows in expected)) ** 0.5
+    del out
+    if not error <= TOLERANCE[case.tensors[0].dtype]:
+        return Row(name, kind, error=error, note="wrong numbers, not timed", **facts)
+    return Row(name, kind, time=measure(call, case.seconds), error=error, **facts)

@@ -1,0 +1,74 @@
+"""Attention shapes of real models, and inputs for them."""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from torch.nn.functional import interpolate
+
+from ...attention.layout import Grid
+
+
+@dataclass(frozen=True)
+class Shape:
+    """One attention call: `(T, Y, X)` video tokens, then `text` tokens, `batch` samples."""
+
+    grid: Grid
+    heads: int
+    head_dim: int
+    text: int = 0
+    batch: int = 1
+
+    @property
+    def video(self) -> int:
+        return self.grid[0] * self.grid[1] * self.grid[2]
+
+    @property
+    def seq_len(self) -> int:
+        return self.video + self.text
+
+    @property
+    def dense_flops(self) -> int:
+        return 4 * self.batch * self.heads * self.head_dim * self.seq_len**2
+
+
+SHAPES = {
+    "hunyuan-768p": Shape((33, 48, 80), 24, 128, text=256),
+    "hunyuan-720p": Shape((33, 45, 80), 24, 128, text=256),
+    "hunyuan-544p": Shape((33, 34, 60), 24, 128, text=256),
+    "hunyuan-custom": Shape((34, 45, 80), 24, 128, text=831, batch=2),
+    "wan-14b-768p": Shape((21, 48, 80), 40, 128),
+    "wan-14b-720p": Shape((21, 45, 80), 40, 128),
+    "wan-14b-480p": Shape((21, 30, 52), 40, 128),
+    "wan-5b-704p": Shape((31, 22, 40), 24, 128),
+    "cpu-10k": Shape((10, 25, 40), 8, 64),
+}
+
+
+def random_inputs(shape: Shape, device: torch.device, dtype: torch.dtype, seed: int = 0) -> tuple[Tensor, ...]:
+    """Gaussian query, key and value, `(B, S, H, D)`: a flat draft map, the easiest case for a kernel."""
+    generator = torch.Generator(device).manual_seed(seed)
+    size = (shape.batch, shape.seq_len, shape.heads, shape.head_dim)
+    return tuple(torch.randn(size, device=device, generator=generator).to(dtype) for _ in range(3))
+
+
+def structured_inputs(shape: Shape, device: torch.device, dtype: torch.dtype, seed: int = 0) -> tuple[Tensor, ...]:
+    """Query and key that share a smooth field over space and time, plus noise: a draft map with real peaks."""
+    generator = torch.Generator(device).manual_seed(seed)
+
+    def noise(*size: int) -> Tensor:
+        return torch.randn(size, device=device, generator=generator)
+
+    width = shape.heads * shape.head_dim
+    coarse = [max(2, size // step) for size, step in zip(shape.grid, (4, 5, 5), strict=True)]
+    field = noise(shape.batch, width, *coarse)
+    field = interpolate(field, size=shape.grid, mode="trilinear", align_corners=True)
+    field = field.flatten(2).transpose(1, 2).unflatten(2, (shape.heads, shape.head_dim))
+    field = field / field.std(dim=-1, keepdim=True)
+    inputs = []
+    for _ in ("query", "key"):
+        video = field + 0.6 * noise(*field.shape)
+        text = noise(shape.batch, shape.text, shape.heads, shape.head_dim)
+        inputs.append((1.35 * torch.cat([video, text], dim=1)).to(dtype))
+    inputs.append(noise(*inputs[0].shape).to(dtype))
+    return tuple(inputs)

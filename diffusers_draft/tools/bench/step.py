@@ -1,0 +1,276 @@
+"""One denoising step of a real transformer at its real width, dense and with draft attention.
+
+Weights are random and only a few blocks are built; a block's cost is the difference that more of its kind make, and
+the whole step is summed from those.
+"""
+
+import contextlib
+import gc
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
+from typing import Any
+from unittest import mock
+
+import torch
+from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.nn.functional import scaled_dot_product_attention
+
+from ...api import enable_draft_attention
+from ...attention.ranks.exchange import Exchange
+from ...config import Budget, DraftConfig
+from ...families import family_of
+from ...patching.dispatch import attending
+from .measure import Time, measure
+from .models import MODELS, Model
+from .shapes import SHAPES
+
+NO_ATTENTION = "no attention"
+"""The step whose attention returns its values: what is left of it is everything else."""
+ONE_GPU = "draft on one GPU"
+"""The step before the model is split over several."""
+NOT_DENSE = (NO_ATTENTION, ONE_GPU)
+"""Steps that dense attention is not to be judged by."""
+BLOCKS = 4
+"""Blocks of each kind that are built. A block's time is a share of the difference that all but one of them make: with
+one more alone, the noise of both forwards would be in it."""
+SAME = 2e-2
+"""The largest relative error of bfloat16 outputs that are the same."""
+
+
+@dataclass(frozen=True)
+class Step:
+    """One way to run a step.
+
+    Attributes:
+        name: dense attention or draft attention, and with what.
+        compiled: were the repeated blocks compiled?
+        block_ms: milliseconds of one block of each kind.
+        rest_ms: everything else in a forward.
+        step_ms: a whole forward with all layers, `dense_layers` of them dense.
+        times: the measured forwards, by number of blocks of each kind.
+        memory_gib: peak memory of the forward beyond weights and inputs, on a GPU.
+        exchange_ms: milliseconds of the exchanges of several GPUs in one layer, if nothing attends meanwhile. In draft
+            attention a part of them runs beside it.
+    """
+
+    name: str
+    compiled: bool
+    block_ms: dict[str, float]
+    rest_ms: float
+    step_ms: float
+    times: dict[str, Time]
+    memory_gib: float
+    exchange_ms: float = 0.0
+
+
+def run(
+    name: str,
+    *,
+    sparsity: float | None,
+    budget: Budget,
+    backend: str,
+    compiled: bool,
+    device: torch.device,
+    seconds: float,
+    split: Callable[[nn.Module], None] | None = None,
+) -> Iterator[Step]:
+    """Measures attention as diffusers ships it, none at all, the best dense kernels, and draft attention.
+
+    Draft attention's blocks are the paper's.
+
+    Args:
+        name: key of `MODELS`.
+        sparsity: the model's own where None.
+        budget: as in `DraftConfig`.
+        backend: likewise.
+        compiled: whether to compile the repeated blocks.
+        device: to run on.
+        seconds: least time to measure each forward.
+        split: splits a transformer over GPUs. Draft attention on one GPU comes first then, and is compared with.
+
+    Raises:
+        RuntimeError: if the output of several GPUs is not that of one.
+    """
+    model = MODELS[name]
+    dtype = torch.bfloat16
+    torch.manual_seed(0)  # so that all processes have the same model and inputs
+    torch.set_default_dtype(dtype)
+    try:
+        with torch.device(device):
+            transformer: Any = model.build(**{key: BLOCKS for _, key, _ in model.blocks}).eval().requires_grad_(False)
+    finally:
+        torch.set_default_dtype(torch.float32)
+    inputs = model.inputs(SHAPES[model.shape], device, dtype)
+    if compiled:
+        transformer.compile_repeated_blocks(fullgraph=True)
+    options: dict[str, Any] = {"dense_steps": 0, "dense_layers": (), "tile": DraftConfig.paper().tile}
+    sparsity = model.sparsity if sparsity is None else sparsity
+
+    def step(name: str) -> Step:
+        return _step(name, transformer, model, inputs, compiled, seconds)
+
+    def draft(name: str) -> tuple[Step, Tensor]:
+        with enable_draft_attention(transformer, sparsity, budget=budget, backend=backend, **options) as handle:
+            measured = step(name)
+            print(handle.report())
+            with torch.inference_mode():
+                return measured, transformer(**inputs, return_dict=False)[0]
+
+    expected = None
+    if split:
+        alone, expected = draft(ONE_GPU)
+        yield alone
+        split(transformer)
+    yield step("diffusers default")
+    for kernel in ("no", *_dense_kernels(device)):
+        with attending(_through(kernel)), enable_draft_attention(transformer, **options):
+            yield step(NO_ATTENTION if kernel == "no" else f"dense {kernel}")
+    measured, output = draft(f"draft {sparsity:g}")
+    if expected is not None:
+        _check_same(output, expected)
+        measured = replace(measured, exchange_ms=_exchange_ms(transformer, inputs, seconds))
+    yield measured
+
+
+def _check_same(output: Tensor, expected: Tensor) -> None:
+    error = ((output.double() - expected.double()).norm() / expected.double().norm()).item()
+    if not error < SAME:
+        raise RuntimeError(f"Several GPUs give another output than one: relative error {error:.1e}, above {SAME:g}.")
+    print(f"the output of several GPUs is that of one, relative error {error:.1e}")
+
+
+def _exchange_ms(transformer: Any, inputs: dict[str, Tensor], seconds: float) -> float:
+    """Milliseconds of one layer's exchanges, to heads and back, if all heads travel at once and nothing attends."""
+    calls = []
+
+    def watched(exchange: Exchange, *tensors: Tensor) -> list[Tensor]:
+        calls.append((exchange, tensors))
+        return to_heads(exchange, *tensors)
+
+    to_heads = Exchange.to_heads
+    with torch.inference_mode():
+        with mock.patch.object(Exchange, "to_heads", watched), torch.compiler.set_stance("force_eager"):
+            transformer(**inputs, return_dict=False)
+        exchange, tensors = calls[0]
+        return measure(lambda: exchange.to_tokens(exchange.to_heads(*tensors)[0]), seconds).median
+
+
+def _step(
+    name: str, transformer: Any, model: Model, inputs: dict[str, Tensor], compiled: bool, seconds: float
+) -> Step:
+    torch._dynamo.reset()
+    lists = {path: transformer.get_submodule(path) for path, _, _ in model.blocks}
+    times = {}
+
+    def forward() -> None:
+        transformer(**inputs, return_dict=False)
+
+    gc.collect()
+    with torch.inference_mode():
+        base = _with_blocks(transformer, lists, dict.fromkeys(lists, 1), forward, seconds)
+        times["1 of each"] = base
+        cost = {}
+        for path in lists:
+            lengths = dict.fromkeys(lists, 1) | {path: BLOCKS}
+            more = times[f"{BLOCKS} {path}"] = _with_blocks(transformer, lists, lengths, forward, seconds)
+            cost[path] = (more.median - base.median) / (BLOCKS - 1)
+        memory = _peak_memory(forward, inputs["hidden_states"].device)
+    rest = base.median - sum(cost.values())
+    whole = rest + sum(cost[path] * length for path, _, length in model.blocks)
+    return Step(name, compiled, cost, rest, whole, times, memory)
+
+
+def _with_blocks(
+    transformer: Any, lists: dict[str, Any], lengths: dict[str, int], call: Callable[[], None], seconds: float
+) -> Time:
+    try:
+        for path, length in lengths.items():
+            setattr(transformer, path, lists[path][:length])
+        return measure(call, seconds)
+    finally:
+        for path, blocks in lists.items():
+            setattr(transformer, path, blocks)
+
+
+def _peak_memory(call: Callable[[], None], device: torch.device) -> float:
+    if device.type != "cuda":
+        return 0.0
+    torch.cuda.synchronize()
+    before = torch.cuda.memory_allocated()
+    torch.cuda.reset_peak_memory_stats()
+    call()
+    torch.cuda.synchronize()
+    return (torch.cuda.max_memory_allocated() - before) / 2**30
+
+
+def _dense_kernels(device: torch.device) -> list[str]:
+    if device.type != "cuda":
+        return []
+    kernels = ["cudnn"]
+    with contextlib.suppress(ImportError):
+        import flash_attn.cute.interface  # noqa: F401
+
+        kernels.append("fa4")
+    return kernels
+
+
+@torch.library.custom_op("diffusers_draft_bench::dense", mutates_args=())
+def _dense(query: Tensor, key: Tensor, value: Tensor, kernel: str) -> Tensor:
+    if kernel == "no":
+        return value.clone()
+    if kernel == "fa4":
+        from flash_attn.cute.interface import _flash_attn_fwd
+
+        return _flash_attn_fwd(query, key, value)[0]
+    with sdpa_kernel(SDPBackend.CUDNN_ATTENTION):
+        out = scaled_dot_product_attention(query.transpose(1, 2), key.transpose(1, 2), value.transpose(1, 2))
+    return out.transpose(1, 2).contiguous()
+
+
+@_dense.register_fake
+def _(query, key, value, kernel):
+    return query.new_empty(query.shape)
+
+
+def _through(kernel: str) -> Callable[..., tuple[Tensor, None]]:
+    """A stand-in for `attend`: a dense kernel, or none, without a mask, as no text of these inputs is padding."""
+
+    def attend(query: Tensor, key: Tensor, value: Tensor, *_: Any) -> tuple[Tensor, None]:
+        return _dense(query, key, value, kernel), None
+
+    return attend
+
+
+def predict(name: str, steps: list[Step], num_steps: int) -> dict[str, float]:
+    """Seconds of a whole run: the best dense, and draft attention with the family's dense steps and layers."""
+    model = MODELS[name]
+    scheduler = model.scheduler()
+    scheduler.set_timesteps(num_steps)
+    with torch.device("meta"):
+        family = family_of(model.build(**{key: 1 for _, key, _ in model.blocks}))
+    assert family is not None, "every model here is of a known family"
+    dense_steps = sum(t > family.dense_timestep for t in scheduler.timesteps.tolist())
+    dense = [step for step in steps[:-1] if step.name not in NOT_DENSE]
+    draft = steps[-1]
+    best = min(dense, key=lambda step: step.step_ms)
+    sparse_ms = draft.step_ms
+    for path in family.dense_layers:
+        kind = path.split(".")[0]
+        sparse_ms += best.block_ms[kind] - draft.block_ms[kind]
+    draft_ms = dense_steps * best.step_ms + (num_steps - dense_steps) * sparse_ms
+    layers = sum(length for _, _, length in model.blocks)
+    alone = [step.step_ms / draft.step_ms for step in steps if step.name == ONE_GPU]
+    over_gpus = (
+        {"gpu_speedup": alone[0], "exchange_share": layers * draft.exchange_ms / draft.step_ms} if alone else {}
+    )
+    return over_gpus | {
+        "steps": num_steps,
+        "dense_steps": dense_steps,
+        "dense_s": num_steps * model.forwards * best.step_ms / 1e3,
+        "draft_s": model.forwards * draft_ms / 1e3,
+        "sparse_step_ms": sparse_ms,
+        "best_dense_step_ms": best.step_ms,
+        "step_speedup": best.step_ms / sparse_ms,
+        "run_speedup": num_steps * best.step_ms / draft_ms,
+    }

@@ -1,0 +1,204 @@
+"""README's speed section, docs/speed.md and their picture, made from the recorded results."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+from .attention import Row
+from .measure import Time
+from .step import NO_ATTENTION, NOT_DENSE, ONE_GPU
+from .table import plot
+
+SWEEP = "hunyuan-768p-sweep"
+"""The record that `plot_sweep` draws."""
+
+
+def speed_section() -> str:
+    """Markdown: one line for each attention shape and each model, against the best dense attention of the same run."""
+    records = _records()
+    lines = [
+        "| One attention call | tokens | sparsity | best dense, ms | head budget, ms | row budget, ms |",
+        "|---|---|---|---|---|---|",
+        *(line for name, record in records.items() if "rows" in record and name != SWEEP for line in _shape(record)),
+        "",
+        "| One step of a model | best dense, ms | draft, ms | of it attention | 50 steps, s | memory, GiB |",
+        "|---|---|---|---|---|---|",
+        *(_step(record) for record in records.values() if "prediction" in record and not _gpus(record)),
+    ]
+    if over_gpus := [_over_gpus(record) for record in records.values() if _gpus(record)]:
+        lines += [
+            "",
+            "| One step, all sparse | one GPU, ms | several, ms | exchanges if alone | best dense on as many, ms |",
+            "|---|---|---|---|---|",
+            *over_gpus,
+        ]
+    return "\n".join(lines)
+
+
+def speed_page() -> str:
+    """Markdown of every row of every record: what `docs/speed.md` holds."""
+    records = _records().values()
+    attention = [_attention(record) for record in records if "rows" in record]
+    models = [_model(record) for record in records if "prediction" in record]
+    return "\n\n".join(["# Speed, row by row", *attention, *models])
+
+
+def plot_sweep(path: Path) -> None:
+    """Draws the sweep over sparsities."""
+    record = _records()[SWEEP]
+    rows = [Row(**{**row, "time": row["time"] and Time(**row["time"])}) for row in record["rows"]]
+    plot(rows, path, f"{SWEEP.removesuffix('-sweep')}, {record['environment']['device']}, {_dtype(record)}")
+
+
+def _records() -> dict[str, dict[str, Any]]:
+    paths = sorted((Path(__file__).parents[3] / "docs" / "results" / "bench").iterdir(), key=lambda path: path.name)
+    return {path.name[: -len(".json")]: json.loads(path.read_text()) for path in paths if path.name.endswith(".json")}
+
+
+def _dtype(record: dict[str, Any]) -> str:
+    return record["dtype"].removeprefix("torch.")
+
+
+def _timed(record: dict[str, Any]) -> list[dict[str, Any]]:
+    return [row for row in record["rows"] if row["time"] and row["kind"] != "stage"]
+
+
+def _best_dense(record: dict[str, Any]) -> dict[str, Any]:
+    dense = [row for row in _timed(record) if row["kind"] == "dense"]
+    return min(dense, key=lambda row: row["time"]["median"])
+
+
+def _shape(record: dict[str, Any]) -> list[str]:
+    """The best dense time, and the best backend's for each budget, with the ratio."""
+    dense = _best_dense(record)
+    shape = record["shape"]
+    tokens = shape["grid"][0] * shape["grid"][1] * shape["grid"][2] + shape["text"]
+    name = f"{record['name']}, {record['environment']['device']}, {_dtype(record)}"
+    lines = []
+    for sparsity in sorted({row["sparsity"] for row in _timed(record) if row["sparsity"] is not None}):
+        cells = [name, f"{shape['batch']} x {tokens:,}" if shape["batch"] > 1 else f"{tokens:,}", f"{sparsity:g}"]
+        cells.append(f"{dense['time']['median']:.1f} ({dense['name']})")
+        for budget in ("head", "row"):
+            rows = [row for row in _timed(record) if (row["sparsity"], row["budget"]) == (sparsity, budget)]
+            best = min(rows, key=lambda row: row["time"]["median"])
+            ratio = dense["time"]["median"] / best["time"]["median"]
+            cells.append(f"{best['time']['median']:.1f} ({best['name']}), **{ratio:.2f}x**")
+        lines.append(f"| {' | '.join(cells)} |")
+    return lines
+
+
+def _gpus(record: dict[str, Any]) -> int:
+    """Over how many GPUs a step was split; 0 for one."""
+    return record.get("options", {}).get("ulysses", 0)
+
+
+def _best_dense_step(record: dict[str, Any]) -> dict[str, Any]:
+    return min((step for step in record["steps"][:-1] if step["name"] not in NOT_DENSE), key=lambda s: s["step_ms"])
+
+
+def _step_name(record: dict[str, Any]) -> str:
+    return f"{record['model']}, {_compiled(record)}, sparsity {record['steps'][-1]['name'].removeprefix('draft ')}"
+
+
+def _ms(record: dict[str, Any], name: str) -> float:
+    return next(step["step_ms"] for step in record["steps"] if step["name"] == name)
+
+
+def _over_gpus(record: dict[str, Any]) -> str:
+    prediction, draft, dense = record["prediction"], record["steps"][-1], _best_dense_step(record)
+    cells = [
+        f"{_step_name(record)}, {_gpus(record)} x {record['environment']['device']}",
+        f"{_ms(record, ONE_GPU):.0f}",
+        f"{draft['step_ms']:.0f}, **{prediction['gpu_speedup']:.2f}x**",
+        f"{prediction['exchange_share']:.0%}",
+        f"{dense['step_ms']:.0f} ({dense['name']})",
+    ]
+    return f"| {' | '.join(cells)} |"
+
+
+def _step(record: dict[str, Any]) -> str:
+    prediction, draft, dense = record["prediction"], record["steps"][-1], _best_dense_step(record)
+    rest = _ms(record, NO_ATTENTION)
+    cells = [
+        _step_name(record),
+        f"{dense['step_ms']:.0f} ({dense['name']})",
+        f"{prediction['sparse_step_ms']:.0f}, **{prediction['step_speedup']:.2f}x**",
+        f"{1 - rest / dense['step_ms']:.0%} dense, {1 - rest / draft['step_ms']:.0%} draft",
+        f"{prediction['draft_s']:.0f} for {prediction['dense_s']:.0f}, {prediction['run_speedup']:.2f}x",
+        f"{draft['memory_gib']:.2f} for {dense['memory_gib']:.2f}",
+    ]
+    return f"| {' | '.join(cells)} |"
+
+
+def _compiled(record: dict[str, Any]) -> str:
+    return "compiled" if record["options"]["compiled"] else "eager"
+
+
+def _attention(record: dict[str, Any]) -> str:
+    best = _best_dense(record)["time"]["median"]
+    frames, height, width = record["shape"]["grid"]
+    shape = record["shape"]
+    tokens = f"{frames * height * width:,} video tokens ({frames} x {height} x {width})"
+    text = f" and {shape['text']} of text" if shape["text"] else ""
+    lines = [
+        f"**{record['name']}**: one attention call, {tokens}{text}, {shape['heads']} heads of {shape['head_dim']}, "
+        f"batch {shape['batch']}, {_dtype(record)}, {record['inputs']} inputs.",
+        "",
+        "| | sparsity | density | ms (quartiles) | against the best dense | of ideal | error |",
+        "|---|---|---|---|---|---|---|",
+    ]
+    for row in (row for row in record["rows"] if row["time"]):
+        time = row["time"]
+        names = {
+            "dense": "dense, {name}",
+            "draft": "draft, {name}, {budget} budget",
+            "stage": "{name}, {budget} budget",
+        }
+        cells = [names[row["kind"]].format(**row)]
+        cells.append("" if row["sparsity"] is None else f"{row['sparsity']:g}")
+        cells.append("1" if row["density"] is None else f"{row['density']:.3f}")
+        cells.append(f"{time['median']:.2f} ({time['low']:.2f} to {time['high']:.2f})")
+        if row["kind"] == "stage":
+            cells += ["", "", ""]
+        else:
+            ratio = best / time["median"]
+            cells += [f"{ratio:.2f}x", f"{ratio * (row['density'] or 1):.0%}", f"{row['error']:.0e}"]
+        lines.append(f"| {' | '.join(cells)} |")
+    return "\n".join([*lines, "", _source(record)])
+
+
+def _model(record: dict[str, Any]) -> str:
+    prediction = record["prediction"]
+    rest = _ms(record, NO_ATTENTION)
+    lines = [
+        f"**{record['model']}**: one forward of the transformer at its real width with random weights, "
+        f"{_compiled(record)}{f', on {_gpus(record)} GPUs' if _gpus(record) else ''}, summed from measured blocks.",
+        "",
+        "| attention | ms | of it attention | memory beyond weights, GiB |",
+        "|---|---|---|---|",
+    ]
+    lines += [
+        f"| {step['name']} | {step['step_ms']:.0f} | {1 - rest / step['step_ms']:.0%} | {step['memory_gib']:.2f} |"
+        for step in record["steps"]
+        if step["name"] != ONE_GPU
+    ]
+    run = (
+        f"With the family's dense layers a sparse step takes {prediction['sparse_step_ms']:.0f} ms, "
+        f"{prediction['step_speedup']:.2f}x faster than the best dense one. A run of {prediction['steps']} steps, "
+        f"{prediction['dense_steps']} of them dense, is predicted to take {prediction['draft_s']:.0f} s instead of "
+        f"{prediction['dense_s']:.0f} s ({prediction['run_speedup']:.2f}x)."
+    )
+    if _gpus(record):
+        run = (
+            f"With all layers sparse one GPU takes {_ms(record, ONE_GPU):.0f} ms: {_gpus(record)} are "
+            f"{prediction['gpu_speedup']:.2f}x as fast; exchanges alone would take "
+            f"{prediction['exchange_share']:.0%} of their time. {run}"
+        )
+    return "\n".join([*lines, "", run, "", _source(record)])
+
+
+def _source(record: dict[str, Any]) -> str:
+    facts = record["environment"]
+    packages = ("torch", "triton", "flash-attn-4", "block-sparse-attn", "diffusers")
+    versions = ", ".join(f"{name} {facts[name]}" for name in packages if name in facts)
+    return f"{facts['device']}, {versions}, {facts['date']}: `{facts['command']}`"

@@ -1,0 +1,116 @@
+"""The settings of a study: options of draft attention, and what chooses the blocks."""
+
+import dataclasses
+import itertools
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field
+from typing import Any
+
+from ...config import DraftConfig, format_tile, parse_tile
+from .selection import SELECTIONS
+
+ALWAYS_NAMED = ("sparsity", "budget", "tile")
+"""Options that a setting's name shows even if they are the default, which may change after a study was recorded."""
+
+
+@dataclass(frozen=True)
+class Setting:
+    """One way to run draft attention.
+
+    Attributes:
+        config: its options.
+        selection: what guides the choice of blocks, a key of `SELECTIONS`; all but `"draft"` are baselines.
+    """
+
+    config: DraftConfig = field(default_factory=DraftConfig)
+    selection: str = "draft"
+
+    @property
+    def options(self) -> dict[str, Any]:
+        """Every option by name, as JSON has it."""
+        options = {name: _plain(value) for name, value in dataclasses.asdict(self.config).items()}
+        return options | {"selection": self.selection}
+
+    @property
+    def name(self) -> str:
+        """Sparsity, budget, tile and all options that are not the default, in the form that `parse_setting` reads."""
+        defaults = Setting().options
+        shown = {k: v for k, v in self.options.items() if k in ALWAYS_NAMED or v != defaults[k]}
+        return ",".join(f"{key}={_text(key, value)}" for key, value in shown.items())
+
+
+def _layers(text: str) -> tuple[int, ...]:
+    return () if text == "none" else tuple(int(index) for index in text.split("+"))
+
+
+def _selection(text: str) -> str:
+    if text not in SELECTIONS:
+        raise ValueError(f"expected one of {', '.join(SELECTIONS)}")
+    return text
+
+
+PARSERS: dict[str, Callable[[str], Any]] = {
+    "sparsity": float,
+    "budget": str,
+    "tile": parse_tile,
+    "dense_steps": float,
+    "dense_timestep": float,
+    "dense_layers": _layers,
+    "backend": str,
+    "selection": _selection,
+}
+"""How the text of each option is read: `8x16` is a tile, `0+1` are layers and `none` is no layer."""
+
+
+def parse_setting(text: str) -> Setting:
+    """Reads `"sparsity=0.9,budget=row,tile=8x16"`; what is not mentioned keeps its default.
+
+    Raises:
+        ValueError: for an unknown option or a wrong value.
+    """
+    options = {}
+    for item in text.split(","):
+        key, _, value = item.partition("=")
+        options[key.strip()] = parse_value(key.strip(), value.strip())
+    return _setting(options)
+
+
+def parse_value(key: str, text: str) -> Any:
+    """Reads the value of one option.
+
+    Raises:
+        ValueError: for an unknown option or a value that cannot be read.
+    """
+    if key not in PARSERS:
+        raise ValueError(f"Unknown option {key!r} in a setting. Known are {', '.join(PARSERS)}.")
+    try:
+        return PARSERS[key](text)
+    except ValueError as error:
+        raise ValueError(f"{key} cannot be {text!r}: {error}.") from error
+
+
+def grid(**values: Iterable[Any]) -> list[Setting]:
+    """Every combination of the values given for each option.
+
+    Raises:
+        ValueError: for a wrong value.
+    """
+    names = list(values)
+    return [_setting(dict(zip(names, chosen, strict=True))) for chosen in itertools.product(*values.values())]
+
+
+def _setting(options: dict[str, Any]) -> Setting:
+    selection = options.pop("selection", "draft")
+    return Setting(DraftConfig(**options), selection)
+
+
+def _plain(value: Any) -> Any:
+    return list(value) if isinstance(value, tuple) else value
+
+
+def _text(key: str, value: Any) -> str:
+    if key == "tile":
+        return format_tile(value)
+    if key == "dense_layers":
+        return "+".join(map(str, value)) or "none"
+    return f"{value:g}" if isinstance(value, float) else str(value)

@@ -1,0 +1,167 @@
+"""Runs a study: every prompt and seed dense and with every setting, from the same noise; goes on where it stopped."""
+
+import contextlib
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
+
+import numpy as np
+import torch
+from torchmetrics import MetricCollection
+from tqdm import tqdm
+
+from ...api import DraftHandle, enable_draft_attention
+from ...patching.dispatch import attending
+from ...patching.report import DraftReport
+from ..generation.run import Clip, run
+from ..generation.video import write_video
+from .attention import Samples, measure_attention
+from .metrics import fidelity, flicker
+from .replacement import attend_with
+from .settings import Setting
+from .store import Json, Store
+
+
+@dataclass
+class Study:
+    """What to compare, and where the results go.
+
+    Attributes:
+        store: the folder of the results.
+        pipeline: makes the pipeline; it is called once, and not at all when nothing is left to do.
+        inputs: makes the keyword arguments of one pipeline call from the pipeline, a prompt and a seed. The same
+            seed must give the same noise.
+        prompts: what the videos show.
+        seeds: of the noise.
+        settings: what is compared with the dense run.
+        metrics: from `fidelity_metrics`.
+        videos: whether to write every clip as an mp4.
+        fps: frames per second of those.
+    """
+
+    store: Store
+    pipeline: Callable[[], Any]
+    inputs: Callable[[Any, str, int], Json]
+    prompts: Sequence[str]
+    seeds: Sequence[int]
+    settings: Sequence[Setting]
+    metrics: MetricCollection
+    videos: bool = True
+    fps: float = 16
+
+    def run(self) -> None:
+        """Generates and measures every clip that is not there yet, under a progress bar.
+
+        Raises:
+            OSError: if a result cannot be written; those before it are there.
+        """
+        clips = [(prompt, seed) for prompt in self.prompts for seed in self.seeds]
+        todo = {setting: [clip for clip in clips if not self._is_done(*clip, setting)] for setting in self._all}
+        total, left = len(clips) * len(todo), sum(map(len, todo.values()))
+        with tqdm(total=total, initial=total - left, unit="clip", desc="eval", smoothing=0) as bar:
+            for setting, missing in todo.items():
+                if not missing:
+                    continue
+                bar.set_postfix_str(setting.name if setting else "dense")
+                torch.compiler.reset()  # draft attention enabled again is new code, and few versions are kept
+                with enabled(self._pipe, setting) as handle:
+                    for number, (prompt, seed) in enumerate(missing):
+                        self._make(prompt, seed, setting, handle, warm=number > 0)
+                        bar.update()
+
+    def measure_attention(self, prompts: int, samples: Samples) -> None:
+        """Measures attention calls of the dense run, on the first prompts with the first seed.
+
+        Args:
+            prompts: how many.
+            samples: which calls.
+        """
+        seed = self.seeds[0]
+        for prompt in tqdm(self.prompts[:prompts], unit="prompt", desc="attention"):
+            missing = [setting for setting in self.settings if self.store.attention(prompt, seed, setting) is None]
+            if missing:
+                arguments = self.inputs(self._pipe, prompt, seed)
+                for setting, calls in measure_attention(self._pipe, arguments, missing, samples, seed).items():
+                    self.store.save_attention(prompt, seed, setting, calls)
+
+    def records(self) -> list[Json]:
+        """The records of all finished clips, dense ones first."""
+        clips = [(p, seed, setting) for setting in self._all for p in self.prompts for seed in self.seeds]
+        return [record for clip in clips if (record := self.store.clip(*clip))]
+
+    def attention_records(self) -> list[Json]:
+        """What was measured in attention calls, one entry for each prompt and setting."""
+        found = [
+            (p, setting, self.store.attention(p, self.seeds[0], setting))
+            for setting in self.settings
+            for p in self.prompts
+        ]
+        return [{"prompt": p, "setting": setting.name, "calls": calls} for p, setting, calls in found if calls]
+
+    @property
+    def _all(self) -> list[Setting | None]:
+        return [None, *self.settings]
+
+    @cached_property
+    def _pipe(self) -> Any:
+        pipe = self.pipeline()
+        pipe.set_progress_bar_config(leave=False, position=1)
+        return pipe
+
+    def _is_done(self, prompt: str, seed: int, setting: Setting | None) -> bool:
+        record = self.store.clip(prompt, seed, setting)
+        if record is None or (self.videos and not self.store.video(prompt, seed, setting).exists()):
+            return False
+        return setting is None or set(self.metrics.keys()) <= record.keys()
+
+    def _make(self, prompt: str, seed: int, setting: Setting | None, handle: DraftHandle | None, warm: bool) -> None:
+        """Generates one clip, compares it and stores what came of it."""
+        before = handle.report() if handle else None
+        with _selecting(setting, seed):
+            clip = run(self._pipe, self.inputs(self._pipe, prompt, seed))
+        record: Json = {"prompt": prompt, "seed": seed, "setting": setting.name if setting else "dense", "warm": warm}
+        record |= {"seconds": clip.denoising_seconds, "flicker": flicker(clip.frames)}
+        if setting and handle and before:
+            record |= _work(before, handle.report()) | self._compare(prompt, seed, clip, record["flicker"])
+        else:
+            self.store.save_dense_frames(prompt, seed, clip.frames)
+        if self.videos:
+            write_video(clip.frames, self.store.video(prompt, seed, setting), self.fps)
+        self.store.save_clip(prompt, seed, setting, record)
+
+    def _compare(self, prompt: str, seed: int, clip: Clip, own_flicker: float) -> Json:
+        dense: np.ndarray | None = self.store.dense_frames(prompt, seed)
+        assert dense is not None, "dense runs come first"
+        return fidelity(clip.frames, dense, self.metrics) | {"flicker_difference": own_flicker - flicker(dense)}
+
+
+@contextlib.contextmanager
+def enabled(pipe: Any, setting: Setting | None) -> Iterator[DraftHandle | None]:
+    """Draft attention as the setting has it; none at all for None."""
+    if setting is None:
+        yield None
+        return
+    with enable_draft_attention(pipe, config=setting.config) as handle:
+        yield handle
+
+
+def _selecting(setting: Setting | None, seed: int) -> contextlib.AbstractContextManager[None]:
+    if setting is None or setting.selection == "draft":
+        return contextlib.nullcontext()
+    return attending(attend_with(setting.selection, seed))
+
+
+def _work(before: DraftReport, after: DraftReport) -> Json:
+    """Density of the last sparse calls, and the share of the run's block pairs that was computed."""
+    total = computed = 0.0
+    densities = []
+    for old, new in zip(before.transformers, after.transformers, strict=True):
+        layers = len(new.densities) + len(new.dense_layers)
+        calls = (sum(new.forwards.values()) - sum(old.forwards.values())) * layers
+        dense = sum(new.dense_calls.values()) - sum(old.dense_calls.values())
+        density = 1.0 if new.density is None else new.density
+        densities += [density] * (calls - dense > 0)
+        total += calls
+        computed += dense + (calls - dense) * density
+    return {"density": sum(densities) / len(densities) if densities else 1.0, "computed": computed / total}

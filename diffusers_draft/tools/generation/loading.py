@@ -1,0 +1,140 @@
+"""Loads a diffusers video pipeline that draft attention knows, by hub id or folder."""
+
+import inspect
+import re
+import warnings
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import diffusers
+import torch
+from diffusers import DiffusionPipeline
+from torch import nn
+
+from ...families import families, family_of
+
+Offload = Literal["none", "model", "sequential"]
+
+FLOAT32_COMPONENTS = ("AutoencoderKLWan", "CLIPVisionModel")
+"""Small parts that lose quality below float32, as their model cards say."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Model:
+    """A model and how to hold it in memory.
+
+    Attributes:
+        name: hub id or folder.
+        dtype: of the weights and the computation; by default bfloat16, float32 on a CPU.
+        offload: `"model"` keeps one component at a time on the accelerator, `"sequential"` one layer.
+        fp8: stores the transformers' weights in float8 and computes in `dtype` (diffusers' layerwise casting).
+        compile: compiles the transformers' repeated blocks.
+        vae_tiling: decodes the video in tiles.
+    """
+
+    name: str
+    dtype: torch.dtype | None = None
+    offload: Offload = "none"
+    fp8: bool = False
+    compile: bool = False
+    vae_tiling: bool = False
+
+
+def device() -> torch.device:
+    """This process's accelerator, if there is one, else the CPU."""
+    found = torch.accelerator.current_accelerator(check_available=True)
+    return torch.device(found.type, torch.accelerator.current_device_index()) if found else torch.device("cpu")
+
+
+def supported_pipelines() -> list[str]:
+    """Names of the pipelines that make a video from a text or an image alone and whose transformer is known."""
+    names = [name for family in families().values() for name in family.pipelines if hasattr(diffusers, name)]
+    return [name for name in names if "num_frames" in call_parameters(getattr(diffusers, name))]
+
+
+def transformers(pipe: Any) -> list[Any]:
+    """The pipeline's transformers that draft attention knows."""
+    modules = [component for component in pipe.components.values() if isinstance(component, nn.Module)]
+    return [module for module in modules if family_of(module)]
+
+
+def call_parameters(pipeline: type) -> dict[str, inspect.Parameter]:
+    """The arguments that a call of the pipeline takes."""
+    return dict(inspect.signature(pipeline.__call__).parameters)
+
+
+def load(model: Model, *, with_image: bool = False, prepare: Callable[[Any], None] = lambda pipe: None) -> Any:
+    """Loads a pipeline and puts it where it computes.
+
+    Args:
+        model: what to load.
+        with_image: whether it will be called with an image.
+        prepare: gets the pipeline before it is offloaded or moved, to split it over GPUs.
+
+    Returns:
+        A diffusers pipeline.
+
+    Raises:
+        OSError: if the model is not found or cannot be read.
+        ValueError: if its pipeline is not one for this, or there is no accelerator to offload from.
+    """
+    where = device()
+    if model.offload != "none" and where.type == "cpu":
+        raise ValueError(f"Offloading ({model.offload}) needs an accelerator such as CUDA, and there is none.")
+    dtype = model.dtype or (torch.float32 if where.type == "cpu" else torch.bfloat16)
+    index = _index(model.name)
+    chosen = pipeline_class(index, with_image)
+    exact = [name for name, entry in index.items() if isinstance(entry, list) and entry[1] in FLOAT32_COMPONENTS]
+    dtypes = {"default": dtype} | dict.fromkeys(exact, torch.float32)
+    pipe = from_pretrained(chosen, model.name, dtypes)
+    for transformer in transformers(pipe):
+        if model.fp8:
+            transformer.enable_layerwise_casting(storage_dtype=torch.float8_e4m3fn, compute_dtype=dtype)
+        if model.compile:
+            transformer.compile_repeated_blocks(fullgraph=True)
+    if model.vae_tiling:
+        pipe.vae.enable_tiling()
+    prepare(pipe)
+    if model.offload == "model":
+        pipe.enable_model_cpu_offload(device=where)
+    elif model.offload == "sequential":
+        pipe.enable_sequential_cpu_offload(device=where)
+    else:
+        pipe.to(where)
+    return pipe
+
+
+def from_pretrained(pipeline: Any, name: str, dtype: torch.dtype | dict[str, torch.dtype]) -> Any:
+    """Loads with weights of these dtypes, but for those that diffusers keeps in float32."""
+    with warnings.catch_warnings():
+        # The oldest supported diffusers knows this name alone.
+        warnings.filterwarnings("ignore", "`torch_dtype` is deprecated", FutureWarning)
+        return pipeline.from_pretrained(name, torch_dtype=dtype)
+
+
+def pipeline_class(index: dict[str, Any], with_image: bool) -> Any:
+    """Chooses the pipeline class for the content of a `model_index.json`.
+
+    Raises:
+        ValueError: if the pipeline cannot be driven by a text, or by a text and an image.
+    """
+    name, supported = index.get("_class_name"), supported_pipelines()
+    if name not in supported:
+        raise ValueError(f"The model is a {name}. Supported are {', '.join(supported)}.")
+    if with_image and index.get("expand_timesteps") and name == "WanPipeline":
+        name = "WanImageToVideoPipeline"  # Wan 2.2 5B makes videos from text and from images
+    takers = [other for other in supported if "image" in call_parameters(getattr(diffusers, other))]
+    if with_image and name not in takers:
+        raise ValueError(f"{name} takes no image. Pipelines that do: {', '.join(takers)}.")
+    if not with_image and name in takers:
+        raise ValueError(f"{name} makes a video from an image and needs one.")
+    return getattr(diffusers, name)
+
+
+def _index(name: str) -> dict[str, Any]:
+    """The content of the model's `model_index.json`."""
+    if not Path(name).is_dir() and not re.fullmatch(r"[\w.-]+/[\w.-]+", name):
+        raise FileNotFoundError(f"{name!r} is neither a folder nor a hub id of the form owner/name.")
+    return dict(DiffusionPipeline.load_config(name))

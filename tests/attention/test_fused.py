@@ -1,0 +1,129 @@
+"""The Triton steps and kernel against the plain ones: compiled on a GPU, interpreted elsewhere."""
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+pytest.importorskip("triton")
+
+from diffusers_draft.attention.kernels import probe, reference
+from diffusers_draft.attention.kernels import triton_lists as triton_kernel
+from diffusers_draft.attention.layout import TokenLayout, token_layout
+from diffusers_draft.attention.steps import fused, plain
+
+DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+
+def tokens(batch: int, seq_len: int, heads: int, head_dim: int, dtype: torch.dtype = torch.float32) -> Tensor:
+    return torch.randn(batch, seq_len, heads, head_dim, generator=torch.Generator().manual_seed(0)).to(DEVICE, dtype)
+
+
+def a_layout(num_video: int, num_anchors: int, block: int = 16) -> TokenLayout:
+    """A layout of which only the sizes are read."""
+    nothing = torch.empty(0)
+    blocks = num_video + num_anchors
+    return TokenLayout(nothing, nothing, blocks * block, block, blocks, num_video)
+
+
+@pytest.mark.parametrize("head_dim", [40, 64, 96, 128])
+@pytest.mark.parametrize("tile", [(8, 16), (4, 4), (3, 16), (2, 4, 4)])
+def test_order_and_restore(head_dim: int, tile: tuple[int, ...]) -> None:
+    x = tokens(2, 2 * 13 * 7 + 45, 3, head_dim)
+    layout = token_layout((2, 13, 7), 5, x.shape[1], tile, DEVICE)
+    ordered, means = fused.order(x, layout)
+    expected, expected_means = plain.order(x, layout)
+    assert torch.equal(ordered, expected)
+    torch.testing.assert_close(means, expected_means, rtol=1e-5, atol=1e-6)
+    assert torch.equal(fused.restore(ordered, layout), x)
+    assert fused.order(x, layout, average=False)[1] is None
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.float32])
+def test_order_takes_any_strides(dtype: torch.dtype) -> None:
+    layout = token_layout((1, 9, 8), 0, 80, (4, 4), DEVICE)
+    base = tokens(2, 80, 6, 64, dtype)
+    views = [base[:, :, ::2], base.transpose(1, 2).contiguous().transpose(1, 2), base[..., 1::2], base[1:]]
+    for view in views:
+        assert torch.equal(fused.order(view, layout)[0], plain.order(view, layout)[0])
+
+
+@settings(max_examples=25)
+@given(
+    maps=st.tuples(st.integers(1, 2), st.integers(1, 3)),
+    num_video=st.integers(1, 40),
+    num_anchors=st.integers(0, 5),
+    sparsity=st.floats(0, 0.97),
+    budget=st.sampled_from(["head", "row"]),
+    seed=st.integers(0, 9),
+    data=st.data(),
+)
+def test_select_keeps_the_pairs_that_plain_select_keeps(maps, num_video, num_anchors, sparsity, budget, seed, data):
+    generator = torch.Generator().manual_seed(seed)
+    means = [torch.randn(*maps, num_video, 24, generator=generator).to(DEVICE) for _ in range(2)]
+    layout = a_layout(num_video, num_anchors)
+    kv_len = None
+    if num_anchors:
+        lengths = data.draw(st.lists(st.integers(num_video * 16, layout.seq_len), min_size=maps[0], max_size=maps[0]))
+        kv_len = torch.tensor(lengths, dtype=torch.int32, device=DEVICE)
+    mask = fused.select(*means, 0.3, sparsity, budget, layout, kv_len)
+    expected = plain.select(*means, 0.3, sparsity, budget, layout, kv_len)
+    assert torch.equal(mask.to_dense(), expected.to_dense())
+    assert torch.equal(mask.kv_num_blocks, expected.kv_num_blocks)
+    for indices, count in zip(mask.kv_indices.flatten(0, 2), mask.kv_num_blocks.flatten(), strict=True):
+        assert (indices[:count].diff() > 0).all()
+
+
+@pytest.mark.parametrize("budget", ["head", "row"])
+@pytest.mark.parametrize("sparsity", [0.0, 0.5, 0.9])
+def test_ties_do_not_change_the_count(budget: str, sparsity: float) -> None:
+    means = torch.ones(2, 2, 13, 16, device=DEVICE)
+    mask = fused.select(means, means, 0.25, sparsity, budget, a_layout(13, 2), None)
+    kept = mask.to_dense()[:, :, :13, :13]
+    expected = max(13, round((1 - sparsity) * 169)) if budget == "head" else 13 * max(1, round((1 - sparsity) * 13))
+    assert (kept.sum((-1, -2)) == expected).all()
+    assert kept.diagonal(dim1=-2, dim2=-1).all()
+
+
+def test_select_in_parts_equals_select_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    means = [tokens(2, 3, 11, 16) for _ in range(2)]
+    whole = fused.select(*means, 0.2, 0.6, "head", a_layout(11, 1), None)
+    monkeypatch.setattr("diffusers_draft.attention.steps.fused_select.MAX_SCORES", 2 * 11 * 11)
+    parts = fused.select(*means, 0.2, 0.6, "head", a_layout(11, 1), None)
+    assert torch.equal(whole.to_dense(), parts.to_dense())
+
+
+# Blocks of 32 run whole, larger ones in parts: interpreted, the kernel has one configuration with parts of 32 keys.
+@pytest.mark.parametrize("block", [32, 64, 128] if DEVICE.type == "cpu" else [64, 128])
+@pytest.mark.parametrize("head_dim", [64, 96, 128])
+def test_kernel_equals_reference(block: int, head_dim: int) -> None:
+    dtype = torch.float32 if DEVICE.type == "cpu" else torch.float16
+    query, key, value, mask = probe._problem(DEVICE, dtype, head_dim, block)
+    expected = reference.forward(query.float(), key.float(), value.float(), mask, head_dim**-0.5)
+    lse = torch.full((2, 2, query.shape[1]), float("nan"), device=DEVICE)
+    out = triton_kernel.forward(query, key, value, mask, head_dim**-0.5, lse=lse)
+    assert (out.float() - expected).norm() / expected.norm() < (1e-5 if DEVICE.type == "cpu" else 2e-3)
+    weights_sum = _log_sum_exp(query.float(), key.float(), mask, head_dim**-0.5)
+    torch.testing.assert_close(lse, weights_sum, rtol=1e-3, atol=1e-3)
+
+
+def _log_sum_exp(query: Tensor, key: Tensor, mask, scale: float) -> Tensor:
+    token = torch.arange(mask.seq_len, device=query.device)
+    kept = mask.to_dense()[:, :, token // mask.block][..., token // mask.block]
+    kept = kept & (token < mask.kv_len[:, None])[:, None, None, :]
+    scores = torch.einsum("bqhd,bkhd->bhqk", query, key) * scale
+    return scores.masked_fill(~kept, float("-inf")).logsumexp(-1)
+
+
+@pytest.mark.parametrize(
+    ("device", "dtype", "head_dim", "block", "reason"),
+    [
+        ("cpu", torch.float16, 64, 128, "needs a GPU"),
+        ("cuda", torch.float32, 64, 128, "needs float16 or bfloat16"),
+        ("cuda", torch.float16, 64, 48, "needs blocks of 64 or 128"),
+        ("cuda", torch.float16, 256, 128, "needs head_dim up to 128"),
+    ],
+)
+def test_triton_says_why_it_cannot_run(device, dtype, head_dim, block, reason) -> None:
+    assert reason in triton_kernel.refusal(torch.device(device), dtype, head_dim, block)

@@ -1,0 +1,277 @@
+import dataclasses
+from typing import Any
+
+import models
+import pytest
+import torch
+from models import RAGGED, run_hunyuan_video, run_wan
+from torch import Tensor
+
+from diffusers_draft import DraftConfig, enable_draft_attention
+from diffusers_draft.attention import kernels
+from diffusers_draft.attention.block_mask import BlockMask
+
+
+def run(model: torch.nn.Module, inputs: models.Inputs) -> Tensor:
+    with torch.no_grad():
+        return model(**inputs).sample
+
+
+def one(handle: Any) -> Any:
+    (transformer,) = handle.report().transformers
+    return transformer
+
+
+@pytest.fixture
+def masks(monkeypatch: pytest.MonkeyPatch) -> list[BlockMask]:
+    """What the backend gets in all sparse calls of a test."""
+    seen: list[BlockMask] = []
+
+    def choose_and_record(*args: Any) -> kernels.Choice:
+        choice = choose(*args)
+
+        def forward(query: Tensor, key: Tensor, value: Tensor, mask: BlockMask, scale: float) -> Tensor:
+            seen.append(mask)
+            return choice.forward(query, key, value, mask, scale)
+
+        return dataclasses.replace(choice, forward=forward)
+
+    choose = kernels.choose
+    monkeypatch.setattr(kernels, "choose", choose_and_record)
+    return seen
+
+
+def test_before_any_call() -> None:
+    handle = enable_draft_attention(models.wan(), sparsity=0.75, budget="head")
+    report = one(handle)
+    assert report.component == "transformer"
+    assert report.family == "Wan 2.1 and 2.2"
+    assert report.config == handle.config == DraftConfig(sparsity=0.75, budget="head")
+    assert report.attached
+    assert report.backend is report.backend_reason is report.grid is report.blocks is report.density is None
+    assert report.densities == {"blocks.1.attn1": None, "blocks.2.attn1": None}
+    assert report.dense_layers == ("blocks.0.attn1",)
+    assert report.steps == report.forwards == {"dense": 0, "sparse": 0}
+    assert report.dense_calls == {"step": 0, "layer": 0, "mask": 0, "replacement": 0}
+    assert str(handle.report()) == (
+        "transformer: Wan 2.1 and 2.2, sparsity 0.75 by head\n"
+        "  backend   not chosen yet\n"
+        "  density   no sparse call yet\n"
+        "  layers    2 sparse, 1 dense\n"
+        "  steps     0 sparse, 0 dense\n"
+        "  dense     no call"
+    )
+
+
+def test_after_a_run() -> None:
+    pipe = models.wan_pipeline()
+    handle = enable_draft_attention(pipe, sparsity=0.5)
+    run_wan(pipe, steps=6)
+    report = one(handle)
+    assert [t > 925 for t in pipe.scheduler.timesteps.tolist()] == [True] * 2 + [False] * 4
+    assert report.steps == {"dense": 2, "sparse": 4}
+    assert report.forwards == {"dense": 4, "sparse": 8}
+    assert report.dense_calls == {"step": 4 * 2, "layer": 12 * 1, "mask": 0, "replacement": 0}
+    assert report.grid == RAGGED
+    assert report.blocks == (6, 5)
+    assert report.backend == "torch"
+    assert "cpu" in report.backend_reason
+    assert str(handle.report()) == (
+        "transformer: Wan 2.1 and 2.2, sparsity 0.5 by row\n"
+        f"  backend   torch ({report.backend_reason})\n"
+        "  grid      (3, 13, 17) = 663 video tokens\n"
+        "  blocks    6 of 128 tokens, 5 of them video\n"
+        "  density   0.583 (layers from 0.583 to 0.583)\n"
+        "  layers    2 sparse, 1 dense\n"
+        "  steps     4 sparse, 2 dense\n"
+        "  dense     8 by step, 12 by layer"
+    )
+
+
+@pytest.mark.parametrize("budget", ["head", "row"])
+@pytest.mark.parametrize("sparsity", [0, 0.3, 0.5, 0.9])
+def test_density_without_text(sparsity: float, budget: str, masks: list[BlockMask]) -> None:
+    """663 tokens: five video blocks and one anchor that holds the rest."""
+    model = models.wan()
+    handle = enable_draft_attention(model, sparsity=sparsity, budget=budget, dense_layers=(1,))
+    run(model, models.wan_inputs(2))
+    pairs = max(5, round((1 - sparsity) * 25)) if budget == "head" else 5 * max(1, round((1 - sparsity) * 5))
+    expected = (pairs + 5 + 6) / 36
+    assert one(handle).densities == {path: pytest.approx(expected) for path in ("blocks.0.attn1", "blocks.2.attn1")}
+    assert one(handle).density == pytest.approx(expected)
+    assert [mask.density().item() for mask in masks] == [pytest.approx(expected)] * 2
+
+
+def test_density_counts_only_blocks_with_valid_text(masks: list[BlockMask]) -> None:
+    """663 video and 300 text tokens: 5 video blocks and 3 anchors, of which the samples need 3 and 1 as keys."""
+    model = models.hunyuan_video()
+    handle = enable_draft_attention(model, sparsity=0.8)
+    run(model, models.hunyuan_video_inputs(2, text=300, lengths=(300, 20)))
+    pairs = max(5, round(0.2 * 25))
+    computed = (pairs + 5 * 3 + 3 * 8) + (pairs + 5 * 1 + 3 * 6)
+    assert one(handle).blocks == (8, 5)
+    assert set(one(handle).densities) == {
+        "transformer_blocks.2.attn",
+        "single_transformer_blocks.0.attn",
+        "single_transformer_blocks.1.attn",
+    }
+    assert list(one(handle).densities.values()) == [pytest.approx(computed / (8 * 8 + 8 * 6))] * 3
+    assert one(handle).density == pytest.approx(torch.stack([mask.density() for mask in masks]).mean().item())
+
+
+def test_every_sparse_call_reports_its_own_density(masks: list[BlockMask]) -> None:
+    """The last sparse call speaks for a layer, whatever ran densely since."""
+    model = models.hunyuan_video()
+    handle = enable_draft_attention(model, sparsity=0.8)
+    run(model, models.hunyuan_video_inputs(1, text=300, lengths=(20,)))
+    before = one(handle)
+    assert before.density == pytest.approx(masks[-1].density().item())
+    run(model, models.hunyuan_video_inputs(1, text=300, lengths=(300,), timestep=990))
+    assert one(handle).density == before.density
+
+
+def test_blocks_are_those_of_the_last_sparse_call() -> None:
+    model = models.wan()
+    handle = enable_draft_attention(model)
+    run(model, models.wan_inputs())
+    run(model, models.wan_inputs(grid=(3, 20, 20), timestep=990))
+    assert one(handle).grid == (3, 20, 20)
+    assert one(handle).blocks == (6, 5)
+    run(model, models.wan_inputs(grid=(3, 20, 20)))
+    assert one(handle).blocks == (10, 9)
+
+
+def test_tile_sets_the_block() -> None:
+    model = models.wan()
+    handle = enable_draft_attention(model, tile=(4, 8), sparsity=0.5)
+    run(model, models.wan_inputs())
+    assert one(handle).blocks == (21, 20)
+    assert "21 of 32 tokens, 20 of them video" in str(handle.report())
+
+
+def test_all_layers_dense() -> None:
+    model = models.wan()
+    handle = enable_draft_attention(model, dense_layers=range(3))
+    run(model, models.wan_inputs())
+    report = one(handle)
+    assert report.densities == {}
+    assert report.density is report.backend is None
+    assert report.forwards == {"dense": 0, "sparse": 1}
+    assert report.dense_calls == {"step": 0, "layer": 3, "mask": 0, "replacement": 0}
+    assert "3 by layer" in str(handle.report())
+
+
+@pytest.mark.parametrize("backend", ["reference", "torch"])
+def test_backend_asked_for(backend: str) -> None:
+    model = models.wan()
+    handle = enable_draft_attention(model, backend=backend)
+    run(model, models.wan_inputs())
+    assert (one(handle).backend, one(handle).backend_reason) == (backend, "asked for")
+
+
+def test_backend_of_calls_under_gradients(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The report asks for the same choice as the calls; one that needs gradients has fewer backends."""
+    monkeypatch.setitem(kernels.AUTO, "cpu", ("reference", "torch"))
+    monkeypatch.setattr(kernels, "WITH_BACKWARD", ("torch",))
+    kernels.choose.cache_clear()
+    model = models.wan()
+    handle = enable_draft_attention(model)
+    model(**models.wan_inputs())
+    assert one(handle).backend == "torch"
+    run(model, models.wan_inputs())
+    assert one(handle).backend == "reference"
+    kernels.choose.cache_clear()
+
+
+def causal_mask(tokens: int) -> Tensor:
+    return torch.ones(tokens, tokens, dtype=torch.bool).tril()[None, None]
+
+
+def pass_mask(layer: torch.nn.Module, mask: Tensor) -> Any:
+    """Makes the model pass a mask to one of its attention layers."""
+
+    def hook(module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        if "attention_mask" in kwargs:
+            return args, kwargs | {"attention_mask": mask}
+        return (*args[:2], mask, *args[3:]), kwargs
+
+    return layer.register_forward_pre_hook(hook, with_kwargs=True)
+
+
+@pytest.mark.parametrize(
+    ("name", "layer"), [("wan", "blocks.1.attn1"), ("hunyuan_video", "transformer_blocks.2.attn")]
+)
+def test_mask_with_queries_runs_dense_and_is_counted(name: str, layer: str) -> None:
+    tiny = models.TINY[name]
+    model, inputs = tiny.build(), tiny.inputs()
+    tokens = 663 + inputs.get("encoder_attention_mask", torch.zeros(1, 0)).shape[1]
+    unmasked = run(model, inputs)
+    pass_mask(model.get_submodule(layer), causal_mask(tokens))
+    stock = run(model, inputs)
+    assert models.error(stock, unmasked) > 1e-3
+    handle = enable_draft_attention(model, sparsity=0)
+    assert models.error(run(model, inputs), stock) < models.FLOAT32_ERROR
+    run(model, inputs)
+    report = one(handle)
+    assert report.dense_calls == {"step": 0, "layer": 2 * len(tiny.dense_layers), "mask": 2, "replacement": 0}
+    assert report.densities.pop(layer) is None
+    assert set(report.densities.values()) == {1}
+    assert "2 by mask" in str(handle.report())
+
+
+def test_mask_in_a_dense_step_counts_as_the_step() -> None:
+    model = models.wan()
+    pass_mask(model.blocks[1].attn1, causal_mask(663))
+    handle = enable_draft_attention(model)
+    for timestep in (990, 500, 990):
+        run(model, models.wan_inputs(timestep=timestep))
+    assert one(handle).dense_calls == {"step": 4, "layer": 3, "mask": 1, "replacement": 0}
+
+
+def test_key_mask_runs_dense_where_the_family_has_no_padding() -> None:
+    model, inputs = models.wan(), models.wan_inputs()
+    pass_mask(model.blocks[1].attn1, (torch.arange(663) < 400)[None, None, None])
+    stock = run(model, inputs)
+    handle = enable_draft_attention(model, sparsity=0)
+    assert models.error(run(model, inputs), stock) < models.FLOAT32_ERROR
+    assert one(handle).dense_calls["mask"] == 1
+
+
+def test_after_disable_the_report_stays() -> None:
+    pipe = models.wan_pipeline()
+    handle = enable_draft_attention(pipe)
+    run_wan(pipe)
+    before = one(handle)
+    handle.disable()
+    run_wan(pipe)
+    after = one(handle)
+    assert not after.attached
+    assert str(handle.report()).startswith("transformer (disabled): Wan")
+    for field in ("backend", "grid", "blocks", "densities", "dense_layers", "steps", "forwards", "dense_calls"):
+        assert getattr(after, field) == getattr(before, field)
+
+
+def test_two_transformers() -> None:
+    pipe = models.wan_pipeline(models.wan(), transformer_2=models.wan(num_layers=2), boundary_ratio=0.8)
+    handle = enable_draft_attention(pipe)
+    run_wan(pipe, steps=6)
+    assert [t > 800 for t in pipe.scheduler.timesteps.tolist()] == [True] * 3 + [False] * 3
+    first, second = handle.report().transformers
+    assert (first.component, second.component) == ("transformer", "transformer_2")
+    assert (first.steps, second.steps) == ({"dense": 2, "sparse": 1}, {"dense": 0, "sparse": 3})
+    assert len(first.densities) == 2
+    assert len(second.densities) == 1
+    assert str(handle.report()) == f"{first}\n{second}"
+
+
+def test_hunyuan_video_pipeline() -> None:
+    pipe = models.hunyuan_video_pipeline()
+    handle = enable_draft_attention(pipe)
+    run_hunyuan_video(pipe, true_cfg=True)
+    report = one(handle)
+    dense = sum(t > 945 for t in pipe.scheduler.timesteps.tolist())
+    assert report.family == "HunyuanVideo"
+    assert report.steps == {"dense": dense, "sparse": 4 - dense}
+    assert report.dense_calls == {"step": 2 * dense * 3, "layer": 2 * 4 * 2, "mask": 0, "replacement": 0}
+    assert report.blocks == (6, 5)
+    assert report.density == pytest.approx((5 + 5 + 6) / 36)

@@ -1,0 +1,399 @@
+import gc
+import math
+import sys
+from collections import Counter
+from typing import Any
+
+import models
+import pytest
+import torch
+from diffusers import (
+    DDIMScheduler,
+    FlowMatchEulerDiscreteScheduler,
+    FlowMatchHeunDiscreteScheduler,
+    PNDMScheduler,
+    WanPipeline,
+    WanVideoToVideoPipeline,
+)
+from models import Loop, run_hunyuan_video, run_wan
+from PIL import Image
+
+from diffusers_draft import DraftHandle, enable_draft_attention
+from diffusers_draft.patching import dispatch
+
+SMALL = (1, 8, 16)
+"""One block: what is dense here is decided by the schedule alone."""
+
+
+def counts(handle: DraftHandle, kind: str) -> dict[str, int]:
+    return getattr(handle.report().transformers[0], kind)
+
+
+def watch(handle: DraftHandle, transformer: torch.nn.Module) -> list[bool]:
+    """Appends for every forward from here on whether it was dense."""
+    seen: list[bool] = []
+    before = dict(counts(handle, "forwards"))
+
+    def hook(*_: Any) -> None:
+        nonlocal before
+        now = dict(counts(handle, "forwards"))
+        (kind,) = (kind for kind in now if now[kind] > before[kind])
+        before = now
+        seen.append(kind == "dense")
+
+    transformer.register_forward_hook(hook)
+    return seen
+
+
+def euler(**options: Any) -> FlowMatchEulerDiscreteScheduler:
+    return FlowMatchEulerDiscreteScheduler(shift=5.0, **options)
+
+
+def wan_forward(transformer: torch.nn.Module, timestep: float) -> None:
+    with torch.no_grad():
+        transformer(**models.wan_inputs(1, SMALL, timestep))
+
+
+@pytest.mark.parametrize("scheduler", [models.wan_scheduler, euler])
+def test_wan_pipeline_is_dense_above_its_default_timestep(scheduler: Any) -> None:
+    pipe = models.wan_pipeline(scheduler=scheduler())
+    handle = enable_draft_attention(pipe)
+    seen = watch(handle, pipe.transformer)
+    run_wan(pipe, grid=SMALL, steps=12)
+    expected = [t > 925 for t in pipe.scheduler.timesteps.tolist()]
+    assert 0 < sum(expected) < 12
+    assert seen == [dense for dense in expected for _ in ("cond", "uncond")]
+    assert counts(handle, "steps") == {"dense": sum(expected), "sparse": 12 - sum(expected)}
+    assert counts(handle, "forwards") == {"dense": 2 * sum(expected), "sparse": 24 - 2 * sum(expected)}
+
+
+@pytest.mark.parametrize("true_cfg", [False, True])
+def test_hunyuan_video_pipeline_is_dense_above_its_default_timestep(true_cfg: bool) -> None:
+    pipe = models.hunyuan_video_pipeline()
+    handle = enable_draft_attention(pipe)
+    seen = watch(handle, pipe.transformer)
+    run_hunyuan_video(pipe, grid=SMALL, steps=10, true_cfg=true_cfg)
+    expected = [t > 945 for t in pipe.scheduler.timesteps.tolist()]
+    assert 0 < sum(expected) < 10
+    assert seen == [dense for dense in expected for _ in range(1 + true_cfg)]
+    assert counts(handle, "steps") == {"dense": sum(expected), "sparse": 10 - sum(expected)}
+
+
+@pytest.mark.parametrize(
+    ("options", "dense"),
+    [
+        (dict(dense_steps=0.25), 2),
+        (dict(dense_steps=0), 0),
+        (dict(dense_steps=1), 8),
+        (dict(dense_steps=0.25, dense_timestep=0), 2),
+        (dict(dense_timestep=math.inf), 0),
+        (dict(dense_timestep=0), 8),
+        (dict(dense_timestep=850), 3),
+        (dict(dense_timestep=800), 4),
+    ],
+)
+def test_options(options: dict[str, float], dense: int) -> None:
+    pipe = models.wan_pipeline()
+    handle = enable_draft_attention(pipe, **options)
+    seen = watch(handle, pipe.transformer)
+    run_wan(pipe, grid=SMALL, steps=8, guidance_scale=1.0)
+    assert pipe.scheduler.timesteps[:7].tolist() == pytest.approx([999, 954, 900, 833, 750, 643, 500], abs=1)
+    assert seen == [True] * dense + [False] * (8 - dense)
+    assert counts(handle, "steps") == {"dense": dense, "sparse": 8 - dense}
+
+
+@pytest.mark.parametrize(("below", "dense"), [(0, 3), (0.5, 4)])
+def test_a_step_at_the_threshold_is_sparse(below: float, dense: int) -> None:
+    pipe = models.wan_pipeline()
+    pipe.scheduler.set_timesteps(8)
+    handle = enable_draft_attention(pipe, dense_timestep=float(pipe.scheduler.timesteps[3]) - below)
+    run_wan(pipe, grid=SMALL, steps=8)
+    assert counts(handle, "steps") == {"dense": dense, "sparse": 8 - dense}
+
+
+def test_every_run_begins_anew() -> None:
+    pipe = models.wan_pipeline()
+    handle = enable_draft_attention(pipe, dense_steps=0.5)
+    seen = watch(handle, pipe.transformer)
+    for steps in (4, 4, 2, 6):
+        run_wan(pipe, grid=SMALL, steps=steps, guidance_scale=1.0)
+    assert seen == [True] * 2 + [False] * 2 + [True] * 2 + [False] * 2 + [True, False] + [True] * 3 + [False] * 3
+    assert counts(handle, "steps") == {"dense": 8, "sparse": 8}
+
+
+def test_two_runs_of_one_step_are_two_steps() -> None:
+    pipe = models.wan_pipeline()
+    handle = enable_draft_attention(pipe, dense_steps=1)
+    for _ in range(2):
+        run_wan(pipe, grid=SMALL, steps=1)
+    assert counts(handle, "steps") == {"dense": 2, "sparse": 0}
+    assert counts(handle, "forwards") == {"dense": 4, "sparse": 0}
+
+
+def test_an_interrupted_run_leaves_nothing_behind() -> None:
+    pipe = models.wan_pipeline()
+    handle = enable_draft_attention(pipe, dense_steps=0.5)
+    seen = watch(handle, pipe.transformer)
+
+    def interrupt(pipe: Any, step: int, timestep: int, inputs: dict[str, Any]) -> dict[str, Any]:
+        pipe._interrupt = step == 2
+        return inputs
+
+    run_wan(pipe, grid=SMALL, steps=4, guidance_scale=1.0, callback_on_step_end=interrupt)
+    assert seen == [True, True, False]
+    run_wan(pipe, grid=SMALL, steps=4, guidance_scale=1.0)
+    assert seen[3:] == [True, True, False, False]
+
+
+def test_a_scheduler_put_into_the_pipeline_later_is_the_one_that_counts() -> None:
+    pipe = models.wan_pipeline()
+    handle = enable_draft_attention(pipe, dense_steps=0.25)
+    pipe.scheduler = euler()
+    seen = watch(handle, pipe.transformer)
+    run_wan(pipe, grid=SMALL, steps=8, guidance_scale=1.0)
+    assert seen == [True] * 2 + [False] * 6
+
+
+def test_enabled_in_the_middle_of_a_run() -> None:
+    pipe = models.wan_pipeline()
+    seen: list[list[bool]] = []
+
+    def enable(pipe: Any, step: int, timestep: int, inputs: dict[str, Any]) -> dict[str, Any]:
+        if step == 1:
+            seen.append(watch(enable_draft_attention(pipe, dense_steps=0.5), pipe.transformer))
+        return inputs
+
+    run_wan(pipe, grid=SMALL, steps=6, guidance_scale=1.0, callback_on_step_end=enable)
+    assert seen == [[True, False, False, False]]
+
+
+@pytest.mark.parametrize(("options", "dense"), [(dict(dense_steps=0.5), 3), (dict(dense_timestep=600), 2), ({}, 0)])
+def test_run_that_begins_late(options: dict[str, float], dense: int) -> None:
+    """With a begin index, as pipelines set it for a strength below 1."""
+    transformer, scheduler = models.wan(), euler()
+    loop = Loop(scheduler, transformer=transformer)
+    handle = enable_draft_attention(loop, **options)
+    seen = watch(handle, transformer)
+    for _ in range(2):
+        scheduler.set_timesteps(12)
+        scheduler.set_begin_index(7)
+        sample = torch.zeros(1)
+        for timestep in loop.scheduler.timesteps[7:]:
+            wan_forward(transformer, float(timestep))
+            sample = scheduler.step(torch.zeros(1), timestep, sample).prev_sample
+    if "dense_steps" in options:
+        dense = round(0.5 * 5)
+    else:
+        limit = options.get("dense_timestep", 925)
+        assert dense == sum(t > limit for t in scheduler.timesteps[7:].tolist())
+    assert seen == 2 * ([True] * dense + [False] * (5 - dense))
+    assert counts(handle, "steps") == {"dense": 2 * dense, "sparse": 2 * (5 - dense)}
+
+
+@pytest.mark.parametrize(("options", "dense"), [({}, 0), (dict(dense_steps=0.5), 2), (dict(dense_timestep=600), 2)])
+def test_wan_video_to_video(options: dict[str, float], dense: int) -> None:
+    """This pipeline runs the last timesteps of the scheduler and never sets a begin index."""
+    components = models.wan_pipeline().components
+    pipe = WanVideoToVideoPipeline(
+        **{name: components[name] for name in ("tokenizer", "text_encoder", "vae", "scheduler", "transformer")}
+    )
+    pipe.set_progress_bar_config(disable=True)
+    handle = enable_draft_attention(pipe, **options)
+    seen = watch(handle, pipe.transformer)
+    pipe(
+        video=[Image.new("RGB", (64, 64))] * 5,
+        prompt_embeds=models.random(1, 7, 8),
+        height=64,
+        width=64,
+        num_inference_steps=8,
+        strength=0.5,
+        guidance_scale=1.0,
+        output_type="latent",
+    )
+    assert pipe.scheduler.timesteps[4:7].tolist() == pytest.approx([750, 643, 500], abs=1)
+    assert seen == [True] * dense + [False] * (4 - dense)
+    assert counts(handle, "steps") == {"dense": dense, "sparse": 4 - dense}
+
+
+def test_scheduler_of_second_order() -> None:
+    transformer, scheduler = models.wan(), FlowMatchHeunDiscreteScheduler(shift=5.0)
+    loop = Loop(scheduler, transformer=transformer)
+    handle = enable_draft_attention(loop)
+    seen = watch(handle, transformer)
+    scheduler.set_timesteps(6)
+    sample = torch.zeros(1)
+    for timestep in loop.scheduler.timesteps:
+        wan_forward(transformer, float(timestep))
+        sample = scheduler.step(torch.zeros(1), timestep, sample).prev_sample
+    expected = [t > 925 for t in scheduler.timesteps.tolist()]
+    assert 0 < sum(expected) < len(expected)
+    assert seen == expected
+
+
+@pytest.mark.parametrize(
+    ("options", "dense"),
+    [({}, 1), (dict(dense_timestep=600), 4), (dict(dense_steps=0.3), 3), (dict(dense_timestep=math.inf), 0)],
+)
+def test_scheduler_without_step_index(options: dict[str, float], dense: int) -> None:
+    transformer, scheduler = models.wan(), DDIMScheduler(timestep_spacing="trailing")
+    assert not hasattr(scheduler, "step_index")
+    loop = Loop(scheduler, transformer=transformer)
+    handle = enable_draft_attention(loop, **options)
+    seen = watch(handle, transformer)
+    for _ in range(2):
+        scheduler.set_timesteps(10)
+        for timestep in loop.scheduler.timesteps:
+            wan_forward(transformer, float(timestep))
+            wan_forward(transformer, float(timestep))
+    assert scheduler.timesteps.tolist() == [999, 899, 799, 699, 599, 499, 399, 299, 199, 99]
+    assert seen == 2 * ([True] * 2 * dense + [False] * 2 * (10 - dense))
+    assert counts(handle, "steps") == {"dense": 2 * dense, "sparse": 2 * (10 - dense)}
+
+
+@pytest.mark.parametrize(
+    ("options", "limit"), [({}, 925), (dict(dense_timestep=600), 600), (dict(dense_steps=0), 9999)]
+)
+def test_transformer_alone_reads_the_timestep(options: dict[str, float], limit: float) -> None:
+    transformer = models.wan()
+    handle = enable_draft_attention(transformer, **options)
+    seen = watch(handle, transformer)
+    timesteps = [999.0, 926.0, 925.0, 924.9, 601.0, 600.0, 0.0, 950.0]
+    for timestep in timesteps:
+        wan_forward(transformer, timestep)
+    assert seen == [t > limit for t in timesteps]
+
+
+def test_timesteps_of_tokens_count_by_their_largest() -> None:
+    transformer = models.wan()
+    handle = enable_draft_attention(transformer)
+    seen = watch(handle, transformer)
+    with torch.no_grad():
+        for timestep in (990, 500):
+            transformer(**models.wan_ti2v_inputs(2, (2, 4, 4), timestep))
+    assert seen == [True, False]
+
+
+def test_wan_pipeline_with_timesteps_of_tokens() -> None:
+    pipe = models.wan_pipeline()
+    pipe.register_to_config(expand_timesteps=True)
+    handle = enable_draft_attention(pipe)
+    seen = watch(handle, pipe.transformer)
+    run_wan(pipe, grid=(2, 4, 4), steps=8, guidance_scale=1.0)
+    assert seen == [True] * 2 + [False] * 6
+
+
+def test_dense_steps_need_a_run() -> None:
+    transformer = models.wan()
+    with pytest.raises(ValueError, match=r"dense_steps=0\.25 is a share of a run.*dense_timestep"):
+        enable_draft_attention(transformer, dense_steps=0.25)
+    assert not transformer._forward_pre_hooks
+
+
+def patched_without_pipeline(**options: Any) -> tuple[DraftHandle, dict[str, Any]]:
+    """Components of a pipeline that was patched and is gone."""
+    pipe = models.wan_pipeline()
+    return enable_draft_attention(pipe, **options), dict(pipe.components)
+
+
+def test_transformer_outlives_its_pipeline() -> None:
+    """Its step is not known any more, so the timestep argument decides."""
+    handle, components = patched_without_pipeline(dense_timestep=600)
+    gc.collect()
+    seen = watch(handle, components["transformer"])
+    for timestep in (700, 500):
+        wan_forward(components["transformer"], timestep)
+    assert seen == [True, False]
+
+
+def test_dense_steps_outlive_their_pipeline() -> None:
+    """Other pipelines of the same parts have the same scheduler."""
+    handle, components = patched_without_pipeline(dense_steps=0.5)
+    gc.collect()
+    seen = watch(handle, components["transformer"])
+    pipe = WanPipeline(**components)
+    for steps in (4, 6):
+        run_wan(pipe, grid=SMALL, steps=steps, guidance_scale=1.0)
+    assert seen == [True] * 2 + [False] * 2 + [True] * 3 + [False] * 3
+
+
+@pytest.mark.parametrize("scheduler", [None, PNDMScheduler()])
+@pytest.mark.parametrize(("options", "dense"), [({}, [True, False]), (dict(dense_timestep=math.inf), [False, False])])
+def test_dense_steps_that_nothing_tells_warn_once(
+    scheduler: Any, options: dict[str, float], dense: list[bool], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Without a scheduler, and with one that has no timesteps yet: the family's timestep decides, if there is one."""
+    transformer = models.wan()
+    handle = enable_draft_attention(Loop(scheduler, transformer=transformer), dense_steps=0.5, **options)
+    seen = watch(handle, transformer)
+    reads = count_reads(monkeypatch)
+    with pytest.warns(UserWarning, match=r"dense_steps=0\.5 is a share.*nothing tells the step") as caught:
+        for timestep in (950, 500):
+            wan_forward(transformer, timestep)
+    assert len(caught) == 1
+    assert seen == dense
+    assert reads["__float__"] == (0 if options else 2)
+
+
+def count_reads(monkeypatch: pytest.MonkeyPatch) -> Counter[str]:
+    """Counts how often the forward hook and the schedule read a tensor's values from here on."""
+    reads: Counter[str] = Counter()
+
+    def counting(name: str) -> Any:
+        original = getattr(torch.Tensor, name)
+
+        def method(tensor: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
+            if sys._getframe(1).f_globals["__name__"] in (
+                "diffusers_draft.patching.schedule",
+                "diffusers_draft.patching.attachment",
+            ):
+                reads[name] += 1
+            return original(tensor, *args, **kwargs)
+
+        return method
+
+    for name in ("item", "tolist", "__bool__", "__float__", "__int__", "__index__", "cpu", "numpy"):
+        monkeypatch.setattr(torch.Tensor, name, counting(name))
+    return reads
+
+
+def test_timesteps_are_read_once_in_a_run(monkeypatch: pytest.MonkeyPatch) -> None:
+    pipe = models.wan_pipeline()
+    handle = enable_draft_attention(pipe)
+    reads = count_reads(monkeypatch)
+    for run in (1, 2):
+        run_wan(pipe, grid=SMALL, steps=6)
+        # Where the pipeline does not say where the run begins, its first step's forwards read their timestep.
+        assert reads["tolist"] == run and reads["__float__"] <= 2 * run and set(reads) <= {"tolist", "__float__"}
+    monkeypatch.undo()
+    assert counts(handle, "forwards") == {"dense": 8, "sparse": 16}
+
+
+@pytest.mark.parametrize("name", ["wan", "wan_ti2v", "hunyuan_video"])
+def test_forward_hook_reads_nothing_on_the_device(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Tensors on the meta device have no values, so that reading one raises; the scheduler knows where it begins."""
+    tiny = models.TINY[name]
+    with torch.device("meta"):
+        transformer = tiny.build()
+    inputs = {key: value.to("meta") for key, value in tiny.inputs(2).items()}
+    with pytest.raises(RuntimeError, match="meta"):
+        inputs["timestep"].max().item()
+    scheduler = euler()
+    scheduler.set_timesteps(8)
+    scheduler.set_begin_index(0)
+    loop = Loop(scheduler, transformer=transformer)
+    handle = enable_draft_attention(loop)
+
+    def attend(query: torch.Tensor, *_: object) -> tuple[torch.Tensor, torch.Tensor]:
+        calls.append(query)
+        return query, torch.ones(2, 2, 6)
+
+    calls: list[torch.Tensor] = []
+    monkeypatch.setattr(dispatch, "attend", attend)
+    for timestep in loop.scheduler.timesteps:
+        with torch.no_grad():
+            transformer(**inputs)
+        scheduler.step(torch.zeros(1), timestep, torch.zeros(1))
+    dense = sum(t > tiny.dense_timestep for t in scheduler.timesteps.tolist())
+    assert 0 < dense < 8
+    assert len(calls) == (8 - dense) * (len(tiny.layers) - len(tiny.dense_layers))
+    assert handle._attachments["transformer"].forwards == {"dense": dense, "sparse": 8 - dense}
