@@ -1,23 +1,21 @@
-"""Enable, report, disable: finds the transformers, checks everything, and only then changes anything."""
+"""The public verbs: enable, report, disable. Everything is checked before anything is changed."""
 
-import sys
-from collections.abc import Iterable
-from types import FrameType
+import contextlib
+from collections.abc import Iterable, Iterator
 from typing import Any
 
-import diffusers
-from torch import nn
-
 from .attention.layout import Tile
-from .config import Budget, DraftConfig
-from .families import Family, families, family_of
-from .families.unsupported import reason_against
-from .patching.attachment import Attachment, attachment_of
-from .patching.layers import processors_of, stock_class
-from .patching.processors import can_be_patched
+from .attention.method import Budget
+from .config import DraftConfig
+from .patching.attachment import Attachment, attachment_of, check_not_running
+from .patching.clock import Clock
+from .patching.forward import Hook
+from .patching.parallel import enable_parallelism
 from .patching.report import DraftReport, report_on
-from .patching.schedule import Schedule
-from .patching.splitting import check_layers
+from .patching.schedule import Schedule, schedule_for
+from .patching.targets import choose_layers, known_transformers
+
+__all__ = ["DraftHandle", "disable_draft_attention", "enable_draft_attention", "enable_parallelism"]
 
 
 class DraftHandle:
@@ -32,11 +30,11 @@ class DraftHandle:
         self._attachments = attachments
 
     def report(self) -> DraftReport:
-        """Says what happened so far: density, layers, steps, backend. Waits for the device."""
+        """Say what happened so far: density, layers, steps, backend. Waits for the device."""
         return DraftReport(tuple(report_on(name, attachment) for name, attachment in self._attachments.items()))
 
     def disable(self) -> None:
-        """Restores the stock attention bit for bit. Harmless when done twice or after enabling again.
+        """Restore the stock attention bit for bit. Harmless when done twice or after enabling again.
 
         Raises:
             RuntimeError: if called while a forward of the transformer is running.
@@ -45,6 +43,14 @@ class DraftHandle:
             check_not_running(attachment.transformer())
         for attachment in self._attachments.values():
             attachment.detach()
+
+    @contextlib.contextmanager
+    def _watched(self, hook: Hook) -> Iterator[None]:
+        """Show every call of the patched layers to a hook, which may stand in for it."""
+        with contextlib.ExitStack() as stack:
+            for attachment in self._attachments.values():
+                stack.enter_context(attachment.watched(hook))
+            yield
 
     def __enter__(self) -> "DraftHandle":
         return self
@@ -65,7 +71,7 @@ def enable_draft_attention(
     backend: str = "auto",
     config: DraftConfig | None = None,
 ) -> DraftHandle:
-    """Makes the video self-attention of a pipeline block-sparse, in place (DraftAttention, arXiv 2505.14708).
+    """Make the video self-attention of a pipeline block-sparse, in place (DraftAttention, arXiv 2505.14708).
 
     Enabling again replaces the settings. Nothing is added to the model's parameters, state dict or config.
 
@@ -107,15 +113,16 @@ def enable_draft_attention(
     config = config or given
 
     found = known_transformers(pipe)
-    schedules: dict[str, Schedule] = {}
+    clocks: dict[str, tuple[Clock, Schedule]] = {}
     attachments = {}
     for name, (transformer, family) in found.items():
         check_not_running(transformer)
         family.check(transformer.config)
-        if family.name not in schedules:
-            schedules[family.name] = _schedule(pipe, family, config)
-        sparse, dense = _layers(transformer, family, config)
-        attachments[name] = Attachment(transformer, family, config, schedules[family.name], sparse, dense)
+        if family.name not in clocks:
+            clock = Clock(pipe, scheduler_units=family.scheduler_units)
+            clocks[family.name] = clock, schedule_for(pipe, family, config)
+        layers = choose_layers(transformer, family, config)
+        attachments[name] = Attachment(transformer, family, config, *clocks[family.name], *layers)
 
     replaced = [old for transformer, _ in found.values() if (old := attachment_of(transformer))]
     for old in replaced:
@@ -133,7 +140,7 @@ def enable_draft_attention(
 
 
 def disable_draft_attention(pipe: Any) -> None:
-    """Restores the stock attention of a pipeline or transformer bit for bit. Harmless if it is not patched.
+    """Restore the stock attention of a pipeline or transformer bit for bit. Harmless if it is not patched.
 
     Args:
         pipe: what was given to `enable_draft_attention`.
@@ -148,90 +155,3 @@ def disable_draft_attention(pipe: Any) -> None:
     for transformer in transformers:
         if attachment := attachment_of(transformer):
             attachment.detach()
-
-
-def known_transformers(pipe: Any) -> dict[str, tuple[nn.Module, Family]]:
-    """The known transformers in a pipeline, or the one that was given, by component name."""
-    components = {"transformer": pipe} if isinstance(pipe, nn.Module) else getattr(pipe, "components", None)
-    if not isinstance(components, dict):
-        raise TypeError(f"Expected a diffusers pipeline or transformer, got {type(pipe).__name__}.")
-    modules = {
-        name: getattr(component, "_orig_mod", component)  # torch.compile(transformer) wraps it
-        for name, component in components.items()
-        if isinstance(component, nn.Module)
-    }
-    found: dict[str, tuple[nn.Module, Family]] = {}
-    for name, module in modules.items():
-        family = family_of(module)
-        if family and all(module is not other for other, _ in found.values()):
-            found[name] = (module, family)
-    if not found:
-        for module in modules.values():
-            if reason := reason_against(module):
-                raise TypeError(f"Draft attention does not apply to {type(module).__name__}: {reason}.")
-        candidates = [type(module).__name__ for name, module in modules.items() if "transformer" in name]
-        raise TypeError(
-            f"Draft attention does not know {', '.join(candidates) or type(pipe).__name__}. "
-            f"It knows {', '.join(families())}."
-        )
-    return found
-
-
-def _schedule(pipe: Any, family: Family, config: DraftConfig) -> Schedule:
-    """The schedule that was asked for, or else the family's."""
-    if config.dense_steps is not None or config.dense_timestep is not None:
-        share, limit = config.dense_steps, config.dense_timestep
-    else:
-        share, limit = family.dense_steps if hasattr(pipe, "scheduler") else None, None
-    limit = family.dense_timestep if limit is None else limit
-    return Schedule(pipe, share, limit, scheduler_units=family.scheduler_units)
-
-
-def _layers(transformer: nn.Module, family: Family, config: DraftConfig) -> tuple[tuple[str, ...], tuple[str, ...]]:
-    """Module paths of the layers to make sparse, and of those that stay dense."""
-    paths = layer_paths(transformer, family.layers)
-    if config.dense_layers is None:
-        dense = set(family.dense_layers)
-    else:
-        wrong = [index for index in config.dense_layers if index >= len(paths)]
-        if wrong:
-            raise ValueError(f"dense_layers has {wrong}, but {type(transformer).__name__} has {len(paths)} layers.")
-        dense = {paths[index] for index in config.dense_layers}
-    processors = processors_of(transformer, paths)
-    for path, processor in processors.items():
-        if not _is_stock(processor, family):
-            raise ValueError(
-                f"Layer {path} of {type(transformer).__name__} has the processor {type(processor).__name__}, but "
-                f"draft attention needs diffusers' own {' or '.join(family.processors)}. Undo what replaced it first."
-            )
-        if not can_be_patched(stock_class(processor), family):
-            raise ValueError(
-                f"The code of {type(processor).__name__} in diffusers {diffusers.__version__} ends in no attention "
-                "call that draft attention knows. Use a version of diffusers that it was tested with."
-            )
-    check_layers(transformer, family, processors)
-    return tuple(path for path in paths if path not in dense), tuple(path for path in paths if path in dense)
-
-
-def _is_stock(processor: Any, family: Family) -> bool:
-    stock = stock_class(processor)
-    return stock.__module__.startswith("diffusers.") and stock.__name__ in family.processors
-
-
-def layer_paths(transformer: nn.Module, patterns: tuple[str, ...]) -> tuple[str, ...]:
-    """`"blocks.*.attn1"` -> `"blocks.0.attn1"`, `"blocks.1.attn1"`, ..."""
-    found = []
-    for blocks, layer in (pattern.split(".*.") for pattern in patterns):
-        found += [f"{blocks}.{name}.{layer}" for name, _ in transformer.get_submodule(blocks).named_children()]
-    return tuple(found)
-
-
-def check_not_running(transformer: nn.Module | None) -> None:
-    frame: FrameType | None = sys._getframe()
-    while frame := frame and frame.f_back:
-        # Only torch's own frames are looked into: `f_locals` would keep a caller's variables alive.
-        if frame.f_code is nn.Module._call_impl.__code__ and frame.f_locals["self"] is transformer:
-            raise RuntimeError(
-                f"A forward of {type(transformer).__name__} is running. Enable or disable draft attention between "
-                "forwards, for example in callback_on_step_end."
-            )

@@ -24,19 +24,18 @@ from diffusers import ContextParallelConfig, HunyuanVideoTransformer3DModel, Wan
 from models import TINY, Grid, build
 from torch import Tensor
 
-from diffusers_draft import enable_draft_attention
+from diffusers_draft import enable_draft_attention, enable_parallelism
+from diffusers_draft.attention.ops import Attended
 from diffusers_draft.attention.ranks import operators as ulysses_ops
 from diffusers_draft.attention.ranks import transfer
 from diffusers_draft.attention.ranks.exchange import Exchange
 from diffusers_draft.attention.steps import plain
 from diffusers_draft.cli import main
 from diffusers_draft.config import DraftConfig
-from diffusers_draft.patching.dispatch import attending
-from diffusers_draft.patching.parallel import enable_parallelism
 from diffusers_draft.tools.bench import models as bench_models
 from diffusers_draft.tools.bench import step as bench_step
 from diffusers_draft.tools.bench.shapes import Shape
-from diffusers_draft.tools.evaluation.replacement import attend_with
+from diffusers_draft.tools.evaluation.selection import selecting
 
 
 def even_text(batch: int, grid: Grid) -> models.Inputs:
@@ -129,7 +128,7 @@ def baseline(name: str, grid: Grid, how: str = "") -> Outcome:
     model = BUILD[name]()
     if how:
         split(model, how)
-    with enable_draft_attention(model, **HALF), attending(attend_with("local", 0)), torch.no_grad():
+    with enable_draft_attention(model, **HALF) as handle, handle._watched(selecting("local", 0)), torch.no_grad():
         return model(**INPUTS[name](2, grid), return_dict=False)[0], [], ""
 
 
@@ -187,7 +186,7 @@ def exchanged_with_priority(whole: Tensor) -> tuple[list[Tensor], Tensor, list[d
 def attended(
     whole: Tensor, grid: Grid, kv_len: Tensor | None, fitting: float = math.inf
 ) -> tuple[Any, Any, list[str]]:
-    """A rank's draft attention of `(3, B, S, H, D)` and kept blocks, or why there are none, and the calls in turn.
+    """A rank's draft attention of `(3, B, S, H, D)` and computed pairs, or why there are none, and the calls in turn.
 
     There is memory to pack `fitting` tensors that are to be sent.
     """
@@ -206,12 +205,17 @@ def attended(
     pack = mock.patch.object(
         transfer, "_packed", functools.partial(_packed, transfer._packed, itertools.count(), fitting)
     )
-    with noted("start_to_heads"), noted("attend_with_fields"), noted("start_to_tokens"), wait, pack:
+    with noted("start_to_heads"), noted("attend_now"), noted("start_to_tokens"), wait, pack:
         try:
-            out, kept = exchange.attend(*_of_rank(group, whole, video), geometry, kv_len, config)
+            out, pairs, _ = exchange.attend(*_of_rank(group, whole, video), geometry, kv_len, *how(config))
         except (ValueError, torch.OutOfMemoryError) as error:
             return str(error), None, calls
-    return out, kept, calls
+    return out, pairs, calls
+
+
+def how(config: DraftConfig) -> tuple[Tensor, Tensor]:
+    """What operators take of a config."""
+    return torch.tensor([config.sparsity], dtype=torch.float64), config.method.to_tensor()
 
 
 def _packed(pack: Callable[[Tensor], Tensor], packed: Iterator[int], fitting: float, tensor: Tensor) -> Tensor:
@@ -233,10 +237,7 @@ def operators() -> dict[str, str]:
             sizes,
             torch.tensor([1, 2, 5, 0]),
             None,
-            0.5,
-            [1, 4],
-            "row",
-            "torch",
+            *how(DraftConfig(sparsity=0.5, tile=(4, 4), backend="torch")),
             None,
         ),
     }
@@ -357,9 +358,9 @@ def bench(spoiled: bool) -> tuple[list[bench_step.Step], list[str], dict[str, fl
     kept: list[Tensor] = []
     steps, sparse = [], []
 
-    def spoil(exchange: Exchange, *args: Any) -> tuple[Tensor, Tensor]:
-        out, counts = attend(exchange, *args)
-        return (out.flip(2) if spoiled else out), counts
+    def spoil(exchange: Exchange, *args: Any) -> Attended:
+        found = attend(exchange, *args)
+        return found._replace(out=found.out.flip(2)) if spoiled else found
 
     with (
         mock.patch.dict(bench_models.MODELS, {"tiny": tiny}),

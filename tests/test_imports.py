@@ -15,7 +15,7 @@ MAY_IMPORT = {
     "config": {"attention"},
     "api": {"patching", "families", "attention", "config"},
 }
-"""The wings, and what each may import of the package; `tools` and `cli` may import anything, and nobody imports them."""
+"""What each wing may import of the package. `tools` and `cli` may import anything, and nobody imports them."""
 
 NEEDS = {
     "attention": {"torch"},

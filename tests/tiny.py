@@ -13,7 +13,7 @@ import diffusers
 import torch
 from torch import Tensor, nn
 
-from diffusers_draft.patching.processors import DraftProcessor
+from diffusers_draft.patching.shadow import DraftProcessor
 
 Grid = tuple[int, int, int]
 Inputs = dict[str, Any]

@@ -18,6 +18,8 @@ class TokenLayout:
     """Where every token goes when video tokens are put in block order and all other tokens behind them.
 
     Attributes:
+        grid: `(T, Y, X)` video tokens.
+        prefix: position of the first of them in the original order.
         order: `(S,)` int64, original position of the i-th token in block order.
         inverse: `(S,)` int64, block-order position of the i-th original token.
         seq_len: `S`.
@@ -26,6 +28,8 @@ class TokenLayout:
         num_video_blocks: `Nv = floor(V / block)`; the blocks from here on are anchors.
     """
 
+    grid: Grid
+    prefix: int
     order: Tensor
     inverse: Tensor
     seq_len: int
@@ -83,6 +87,8 @@ def token_layout(grid: Grid, prefix: int, seq_len: int, tile: Tile, device: torc
     with torch.inference_mode(False):
         order = torch.cat([prefix + walk(grid, tile), torch.arange(prefix), torch.arange(prefix + video, seq_len)])
         return TokenLayout(
+            grid=grid,
+            prefix=prefix,
             order=order.to(device),
             inverse=torch.argsort(order).to(device),
             seq_len=seq_len,

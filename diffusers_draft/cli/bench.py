@@ -8,7 +8,8 @@ from pathlib import Path
 import torch
 
 from ..attention import kernels
-from ..config import DraftConfig, check_grid
+from ..attention.method import check_grid
+from ..config import DraftConfig
 from ..tools.bench import step as one_step
 from ..tools.bench.attention import Case, run_dense, run_draft
 from ..tools.bench.measure import environment

@@ -67,7 +67,7 @@ def run(args: argparse.Namespace) -> None:
         pipe.set_progress_bar_config(desc=f"{label:>15}", unit="step")
         return generate(pipe, call_arguments(pipe, prompt=args.prompt, seed=args.seed, **options))
 
-    with captured(pipe.transformer.blocks[1].attn1) as tensors:
+    with captured(pipe.transformer, "blocks.1.attn1") as tensors:
         dense = clip("dense")
     with enable_draft_attention(pipe, config=config) as handle:
         draft = clip("draft attention")

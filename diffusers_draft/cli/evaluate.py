@@ -5,7 +5,8 @@ import dataclasses
 from pathlib import Path
 from typing import Any
 
-from ..config import DraftConfig, format_tile
+from ..attention.method import format_tile
+from ..config import DraftConfig
 from . import CommandError, one_line
 from .model_options import CALL, add_model_options, call, check_packages, image, loaded, model
 

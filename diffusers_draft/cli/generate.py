@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from .. import DraftConfig, enable_draft_attention
-from ..config import format_tile, parse_tile
+from ..attention.method import format_tile, parse_tile
 from . import CommandError, one_line
 from .model_options import add_model_options, call, check_packages, image, loaded
 from .ranks import Ranks, add_ulysses, together

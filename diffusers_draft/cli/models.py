@@ -2,7 +2,7 @@
 
 import argparse
 
-from ..families.table import models_table
+from ..tools.catalogue import models_table
 
 
 def add_parser(subparsers: argparse._SubParsersAction) -> None:

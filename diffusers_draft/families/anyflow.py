@@ -1,16 +1,14 @@
 """AnyFlow: Wan's layout with the frames in front of the channels."""
 
-from . import Family
+from .family import Family, Refusal
 from .locate.latents import frames_first
 
 ANYFLOW = Family(
     name="AnyFlow",
-    pipelines=("AnyFlowPipeline",),
     layers=("blocks.*.attn1",),
     processors=("AnyFlowAttnProcessor",),
     video=frames_first,
     dense_layers=("blocks.0.attn1",),
     dense_steps=0.25,
-    split="every token has its own timestep embedding, and diffusers has no plan that splits those",
-    text="cross-attention",
+    split=Refusal("every token has its own timestep embedding, and diffusers has no plan that splits those"),
 )

@@ -3,7 +3,8 @@
 import dataclasses
 from typing import Any
 
-from . import Family, Inputs, VideoTokens, splits
+from . import splits
+from .family import Family, Inputs, VideoTokens
 from .locate.latents import frames_first
 
 
@@ -14,22 +15,16 @@ def video(inputs: Inputs, config: Any) -> VideoTokens:
 
 COGVIDEOX = Family(
     name="CogVideoX 1.0 and 1.5",
-    pipelines=(
-        "CogVideoXPipeline",
-        "CogVideoXImageToVideoPipeline",
-        "CogVideoXVideoToVideoPipeline",
-        "CogVideoXFunControlPipeline",
-    ),
     layers=("transformer_blocks.*.attn1",),
     processors=("CogVideoXAttnProcessor2_0", "FusedCogVideoXAttnProcessor2_0"),
     video=video,
     dense_layers=("transformer_blocks.0.attn1",),
     dense_steps=0.25,
     split=splits.NO_PARALLEL_CONFIG,
-    text="joint, in front",
-    notes="fuse its projections before enabling: `fuse_qkv_projections` replaces every processor",
 )
 
 CONSISID = dataclasses.replace(
-    COGVIDEOX, name="ConsisID", pipelines=("ConsisIDPipeline",), processors=("CogVideoXAttnProcessor2_0",), notes=""
+    COGVIDEOX,
+    name="ConsisID",
+    processors=("CogVideoXAttnProcessor2_0",),
 )

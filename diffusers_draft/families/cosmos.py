@@ -2,7 +2,8 @@
 
 from typing import Any
 
-from . import Family, Inputs, VideoTokens, splits
+from . import splits
+from .family import Family, Inputs, VideoTokens
 from .locate.latents import channels_first, patched
 
 
@@ -13,14 +14,6 @@ def controlled(inputs: Inputs, config: Any) -> VideoTokens:
 
 COSMOS = Family(
     name="Cosmos 1, 2 and 2.5",
-    pipelines=(
-        "CosmosTextToWorldPipeline",
-        "CosmosVideoToWorldPipeline",
-        "Cosmos2TextToImagePipeline",
-        "Cosmos2VideoToWorldPipeline",
-        "Cosmos2_5_PredictBasePipeline",
-        "Cosmos2_5_TransferPipeline",
-    ),
     layers=("transformer_blocks.*.attn1",),
     processors=("CosmosAttnProcessor2_0",),
     video=channels_first,
@@ -28,12 +21,10 @@ COSMOS = Family(
     dense_steps=0.25,
     scheduler_units=False,
     split=splits.NO_PARALLEL_CONFIG,
-    text="cross-attention",
 )
 
 COSMOS_CONTROL = Family(
     name="Cosmos control network",
-    pipelines=("Cosmos2_5_TransferPipeline",),
     layers=("control_blocks.*.attn1",),
     processors=("CosmosAttnProcessor2_0",),
     video=controlled,
@@ -41,6 +32,4 @@ COSMOS_CONTROL = Family(
     dense_steps=0.25,
     scheduler_units=False,
     split=splits.NO_PARALLEL_CONFIG,
-    text="cross-attention",
-    notes="a component of its own beside the transformer",
 )

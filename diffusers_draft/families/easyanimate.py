@@ -2,7 +2,8 @@
 
 from typing import Any
 
-from . import Family, Inputs, VideoTokens, splits
+from . import splits
+from .family import Family, Inputs, VideoTokens
 from .locate.latents import channels_first
 
 
@@ -15,12 +16,10 @@ def video(inputs: Inputs, config: Any) -> VideoTokens:
 
 EASYANIMATE = Family(
     name="EasyAnimate",
-    pipelines=("EasyAnimatePipeline", "EasyAnimateInpaintPipeline", "EasyAnimateControlPipeline"),
     layers=("transformer_blocks.*.attn1",),
     processors=("EasyAnimateAttnProcessor2_0",),
     video=video,
     dense_layers=("transformer_blocks.0.attn1",),
     dense_steps=0.25,
     split=splits.NO_PARALLEL_CONFIG,
-    text="joint, in front",
 )

@@ -5,7 +5,7 @@ from typing import Any
 
 import torch
 
-from . import Family, Inputs, VideoTokens
+from .family import Family, Inputs, Refusal, VideoTokens
 from .locate.latents import channels_first, history
 
 HISTORY = {"latents_clean": 1, "latents_history_2x": 2, "latents_history_4x": 4}
@@ -23,13 +23,10 @@ def video(inputs: Inputs, config: Any) -> VideoTokens:
 
 FRAMEPACK = Family(
     name="FramePack",
-    pipelines=("HunyuanVideoFramepackPipeline",),
     layers=("transformer_blocks.*.attn", "single_transformer_blocks.*.attn"),
     processors=("HunyuanVideoAttnProcessor2_0",),
     video=video,
     dense_layers=("transformer_blocks.0.attn",),
     dense_steps=0.25,
-    split="its coarse history has a length of its own, and ranks could rarely share it and the video equally",
-    text="joint, behind the video, padding left out; history in front",
-    notes="each section is a run of its own",
+    split=Refusal("its coarse history has a length of its own, and ranks could rarely share it and the video equally"),
 )

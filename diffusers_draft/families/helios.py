@@ -2,7 +2,7 @@
 
 from typing import Any
 
-from . import Family, Inputs, VideoTokens
+from .family import Family, Inputs, Refusal, VideoTokens
 from .locate.latents import channels_first, history
 
 HISTORY = {"latents_history_short": 1, "latents_history_mid": 2, "latents_history_long": 4}
@@ -17,14 +17,10 @@ def video(inputs: Inputs, config: Any) -> VideoTokens:
 
 HELIOS = Family(
     name="Helios",
-    pipelines=("HeliosPipeline", "HeliosPyramidPipeline"),
     layers=("blocks.*.attn1",),
     processors=("HeliosAttnProcessor",),
     video=video,
     dense_layers=("blocks.0.attn1",),
     dense_steps=0.25,
-    split="its layers find the history by its place in the whole sequence, which a share of it does not show",
-    text="cross-attention; history in front",
-    notes="each chunk, and each stage of the pyramid, is a run of its own; with the distilled scheduler the timestep "
-    "tells the step",
+    split=Refusal("its layers find the history by its place in the whole sequence, which a share of it does not show"),
 )

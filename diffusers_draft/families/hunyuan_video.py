@@ -5,7 +5,8 @@ from typing import Any
 
 import torch
 
-from . import Family, Inputs, VideoTokens, splits
+from . import splits
+from .family import Family, Inputs, VideoTokens
 from .locate.latents import channels_first
 
 
@@ -21,12 +22,10 @@ def video(inputs: Inputs, config: Any) -> VideoTokens:
 
 HUNYUAN_VIDEO = Family(
     name="HunyuanVideo",
-    pipelines=("HunyuanVideoPipeline", "HunyuanVideoImageToVideoPipeline", "HunyuanSkyreelsImageToVideoPipeline"),
     layers=("transformer_blocks.*.attn", "single_transformer_blocks.*.attn"),
     processors=("HunyuanVideoAttnProcessor2_0",),
     video=video,
     dense_timestep=945.0,
     dense_layers=("transformer_blocks.0.attn", "transformer_blocks.1.attn"),
     split=splits.HUNYUAN_VIDEO,
-    text="joint, behind the video, padding left out",
 )

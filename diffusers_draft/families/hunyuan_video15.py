@@ -5,7 +5,8 @@ from typing import Any
 
 import torch
 
-from . import Family, Inputs, VideoTokens, splits
+from . import splits
+from .family import Family, Inputs, VideoTokens
 from .locate.latents import channels_first
 from .processors.hunyuan_video15 import attend_with_key_mask
 
@@ -24,7 +25,6 @@ def video(inputs: Inputs, config: Any) -> VideoTokens:
 
 HUNYUAN_VIDEO15 = Family(
     name="HunyuanVideo 1.5",
-    pipelines=("HunyuanVideo15Pipeline", "HunyuanVideo15ImageToVideoPipeline"),
     layers=("transformer_blocks.*.attn",),
     processors=("HunyuanVideo15AttnProcessor2_0",),
     explicit=attend_with_key_mask,
@@ -32,6 +32,4 @@ HUNYUAN_VIDEO15 = Family(
     dense_layers=(),
     dense_steps=0.25,
     split=splits.HUNYUAN_VIDEO15,
-    text="joint, behind the video, padding left out",
-    notes="without stock's mask over pairs of tokens (12.5 GB at 720p); layers in `dense_layers` make it again",
 )

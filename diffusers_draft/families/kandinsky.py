@@ -5,11 +5,11 @@ from typing import Any
 
 from torch import Tensor
 
-from . import Family, Inputs, VideoTokens
+from .family import Family, Inputs, Refusal, VideoTokens
 from .locate.latents import channels_last
 from .locate.reading import read_once
 
-NO_SPLIT = "neither diffusers nor draft attention has a plan that splits its forward yet"
+NO_SPLIT = Refusal("neither diffusers nor draft attention has a plan that splits its forward yet")
 
 
 def refuse_nabla(config: Any) -> None:
@@ -36,7 +36,6 @@ def _references(types: Tensor) -> int:
 
 KANDINSKY5 = Family(
     name="Kandinsky 5",
-    pipelines=("Kandinsky5T2VPipeline", "Kandinsky5I2VPipeline"),
     layers=("visual_transformer_blocks.*.self_attention",),
     processors=("Kandinsky5AttnProcessor",),
     video=channels_last,
@@ -44,18 +43,14 @@ KANDINSKY5 = Family(
     dense_layers=("visual_transformer_blocks.0.self_attention",),
     dense_steps=0.25,
     split=NO_SPLIT,
-    text="cross-attention",
-    notes="not with NABLA attention",
 )
 
 KANDINSKY6 = Family(
     name="Kandinsky 6",
-    pipelines=("Kandinsky6TI2VAPipeline",),
     layers=("visual_transformer_blocks.*.video_dec_block.self_attention",),
     processors=("Kandinsky6AttnProcessor",),
     video=without_references,
     dense_layers=("visual_transformer_blocks.0.video_dec_block.self_attention",),
     dense_steps=0.25,
     split=NO_SPLIT,
-    text="cross-attention; a reference frame behind the video, audio apart",
 )

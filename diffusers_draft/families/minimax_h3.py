@@ -2,7 +2,7 @@
 
 from typing import Any
 
-from . import Family, Inputs, VideoTokens
+from .family import Family, Inputs, Refusal, VideoTokens
 from .locate.coordinates import from_positions
 
 
@@ -13,13 +13,11 @@ def video(inputs: Inputs, config: Any) -> VideoTokens:
 
 MINIMAX_H3 = Family(
     name="MiniMax-H3",
-    pipelines=("MiniMaxH3ModularPipeline",),
     layers=("transformer_blocks.*.attn",),
     processors=("MiniMaxH3AttnProcessor",),
     video=video,
     dense_layers=("transformer_blocks.0.attn",),
     dense_steps=0.25,
     scheduler_units=False,
-    split="its packed sequence is as long as the prompt makes it, and ranks could rarely share it equally",
-    text="joint, in front with conditions and audio",
+    split=Refusal("its packed sequence is as long as the prompt makes it, and ranks could rarely share it equally"),
 )

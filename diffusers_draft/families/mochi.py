@@ -5,7 +5,8 @@ from typing import Any
 
 import torch
 
-from . import Family, Inputs, VideoTokens, splits
+from . import splits
+from .family import Family, Inputs, VideoTokens
 from .locate.latents import channels_first
 from .processors.mochi import attend_to_valid_text
 
@@ -19,7 +20,6 @@ def video(inputs: Inputs, config: Any) -> VideoTokens:
 
 MOCHI = Family(
     name="Mochi",
-    pipelines=("MochiPipeline",),
     layers=("transformer_blocks.*.attn1",),
     processors=("MochiAttnProcessor2_0",),
     explicit=attend_to_valid_text,
@@ -28,6 +28,4 @@ MOCHI = Family(
     dense_layers=("transformer_blocks.0.attn1",),
     dense_steps=0.25,
     split=splits.NO_PARALLEL_CONFIG,
-    text="joint, behind the video, padding left out",
-    notes="sparse layers do not loop over samples; timesteps rise, so use `dense_steps`",
 )

@@ -3,7 +3,7 @@
 import math
 from typing import Any
 
-from . import Family, Inputs, VideoTokens
+from .family import Family, Inputs, Refusal, VideoTokens
 from .locate.latents import channels_first
 from .locate.padding import lengths_of
 
@@ -21,14 +21,10 @@ def video(inputs: Inputs, config: Any) -> VideoTokens:
 
 MOTIF_VIDEO = Family(
     name="Motif-Video",
-    pipelines=("MotifVideoPipeline", "MotifVideoImage2VideoPipeline"),
     layers=("transformer_blocks.*.attn", "single_transformer_blocks.*.attn"),
     processors=("MotifVideoAttnProcessor2_0",),
     video=video,
     dense_layers=("transformer_blocks.0.attn",),
     dense_steps=0.25,
-    split="its decoder attends to a second video, which would have to be exchanged as well",
-    text="joint, behind the video, padding left out",
-    notes="the decoder's layers see the encoder's video behind their own, and it stays exact; layers with text that "
-    "is not padded on the right run dense and are counted",
+    split=Refusal("its decoder attends to a second video, which would have to be exchanged as well"),
 )

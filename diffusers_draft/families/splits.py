@@ -4,7 +4,7 @@ from typing import Any
 
 from diffusers.models._modeling_parallel import ContextParallelInput, ContextParallelOutput
 
-from . import Split
+from .family import Refusal, Split
 
 Plan = dict[Any, Any]
 
@@ -89,7 +89,9 @@ def _check_ltx2(config: Any) -> None:
         )
 
 
-NO_PARALLEL_CONFIG = "its attention processors take no parallel config, so that they cannot be told of a split"
+NO_PARALLEL_CONFIG = Refusal(
+    "its attention processors take no parallel config, so that they cannot be told of a split"
+)
 """Why a family cannot be split."""
 WAN = Split(plan=_wan)
 WAN_VACE = Split(plan=_wan_vace)

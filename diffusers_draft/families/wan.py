@@ -3,7 +3,8 @@
 import dataclasses
 from typing import Any
 
-from . import Family, Inputs, VideoTokens, splits
+from . import splits
+from .family import Family, Inputs, Refusal, VideoTokens
 from .locate.latents import channels_first
 
 
@@ -15,31 +16,25 @@ def behind_reference(inputs: Inputs, config: Any) -> VideoTokens:
 
 WAN = Family(
     name="Wan 2.1 and 2.2",
-    pipelines=("WanPipeline", "WanImageToVideoPipeline", "WanVideoToVideoPipeline", "LucyEditPipeline"),
     layers=("blocks.*.attn1",),
     processors=("WanAttnProcessor",),
     video=channels_first,
     dense_timestep=925.0,
     dense_layers=("blocks.0.attn1",),
     split=splits.WAN,
-    text="cross-attention",
 )
 
 WAN_VACE = dataclasses.replace(
     WAN,
     name="Wan VACE",
-    pipelines=("WanVACEPipeline",),
     layers=("vace_blocks.*.attn1", "blocks.*.attn1"),
     split=splits.WAN_VACE,
     dense_layers=("vace_blocks.0.attn1", "blocks.0.attn1"),
-    notes="reference images count as the first frames of the video",
 )
 
 WAN_ANIMATE = dataclasses.replace(
     WAN,
     name="Wan Animate",
-    pipelines=("WanAnimatePipeline",),
     video=behind_reference,
-    split="its face adapter attends within single frames, and a share of the tokens need not be whole frames",
-    text="cross-attention; the character's frame in front",
+    split=Refusal("its face adapter attends within single frames, and a share of the tokens need not be whole frames"),
 )

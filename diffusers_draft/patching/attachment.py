@@ -1,33 +1,56 @@
 """Puts draft attention into a transformer: how its layers get our attention, and how a forward learns its grid."""
 
 import contextlib
-import functools
 import warnings
 import weakref
+from collections.abc import Iterator
 from typing import Any
 
 import torch
 from torch import nn
 
-from ..attention.call import check_backend
+from ..attention import kernels
 from ..config import DraftConfig
-from ..families import Family, inputs_of
-from .dispatch import State, attention_call
-from .layers import PatchedLayers
+from ..families.family import Family, inputs_of
+from .clock import Clock, Moment
+from .forward import Forward, Hook, LayerRecord
+from .processors import PatchedLayers
 from .schedule import Schedule
+from .shadow import Shadow
 from .splitting import originals_of, share
 
+_shadows: weakref.WeakKeyDictionary[nn.Module, Shadow] = weakref.WeakKeyDictionary()
+"""Of every transformer that was ever patched, for its life."""
 
-class Attachment:
-    """Draft attention in one transformer: its forward pre-hook, its patched layers and what they counted.
+
+class _HookOfTransformer:
+    """A module's hook that copies and pickles of the module do not have."""
+
+    def __reduce__(self) -> Any:
+        # A copy or a pickle of a patched transformer is a stock transformer, with a hook from the standard library
+        # that takes three arguments and does nothing.
+        return (getattr, (contextlib.nullcontext(), "__exit__"))
+
+
+class Attachment(_HookOfTransformer):
+    """Draft attention in one transformer with one group of settings: its hooks, its layers and what they counted.
+
+    Args:
+        transformer: of a known family.
+        family: this one.
+        config: the settings.
+        clock: tells the moment of a forward.
+        schedule: says which are dense.
+        sparse_layers: module paths of the layers to patch.
+        dense_layers: module paths of the layers left alone.
 
     Attributes:
-        dense_layers: module paths of the layers left alone.
+        records: of each sparse layer, by module path, in execution order.
         steps: denoising steps so far, dense and sparse.
         forwards: forwards so far, likewise.
         masked_calls: calls that ran dense because of a mask.
         replaced_calls: calls of layers whose processor was replaced after draft attention was enabled.
-        last_sparse: grid of the last sparse forward.
+        last_grid: `(T, Y, X)` tokens of the last forward.
     """
 
     def __init__(
@@ -35,93 +58,121 @@ class Attachment:
         transformer: nn.Module,
         family: Family,
         config: DraftConfig,
+        clock: Clock,
         schedule: Schedule,
         sparse_layers: tuple[str, ...],
         dense_layers: tuple[str, ...],
     ) -> None:
-        check_backend(config.backend)
+        kernels.check_backend(config.backend)
         self.transformer = weakref.ref(transformer)
         self.family = family
         self.config = config
+        self.clock = clock
         self.schedule = schedule
-        self.sparse_layers = sparse_layers
         self.dense_layers = dense_layers
-        self.state = State()
+        self.records = {path: LayerRecord(path) for path in sparse_layers}
         self.steps = {"dense": 0, "sparse": 0}
         self.forwards = {"dense": 0, "sparse": 0}
         self.masked_calls = 0
         self.replaced_calls = 0
-        self.last_sparse: tuple[int, int, int] | None = None
-        self._last_step: tuple[int, int] | None = None
-        self.layers: PatchedLayers | None = None
-        self._hook: Any = None
-
-    def attach(self) -> None:
-        """Puts the processors and the hook in place, or nothing if any of it fails."""
-        transformer = self.transformer()
-        assert transformer is not None, "the transformer is held by the caller"
-        originals = originals_of(transformer, self.sparse_layers)
-        if self.layers is None or self.layers.originals != originals:
-            dispatch = functools.partial(attention_call, self.state, self.config)
-            self.layers = PatchedLayers(transformer, originals, self.state, self.family, dispatch)
-        try:
-            self.layers.put()
-            self._hook = transformer.register_forward_pre_hook(self, with_kwargs=True)
-        except BaseException:
-            self.detach()
-            raise
-
-    def detach(self) -> None:
-        """Restores every stock processor that is still replaced by ours. Harmless when done twice."""
-        if self._hook is not None:
-            self._hook.remove()
-            self._hook = None
-        self.state.sparse = False  # whoever keeps one of our processors and puts it back gets dense attention
-        if self.layers is not None:
-            self.layers.take_back()
+        self.last_grid: tuple[int, int, int] | None = None
+        self._last_moment: Moment | None = None
+        self._shadow = _shadows.setdefault(transformer, Shadow(family))
+        self._layers: PatchedLayers | None = None
+        self._hook: Hook | None = None
+        self._handles: list[Any] = []
 
     @property
-    def processors(self) -> dict[str, Any]:
-        """Ours, by module path, in execution order."""
-        return self.layers.processors if self.layers else {}
+    def forward(self) -> Forward:
+        """What the transformer's forwards leave for its layers."""
+        return self._shadow.forward
 
     @property
     def attached(self) -> bool:
-        return self._hook is not None
+        """Whether these settings are in force."""
+        return bool(self._handles)
+
+    def attach(self) -> None:
+        """Put the processors and the hooks in place, or nothing if any of it fails."""
+        transformer = self.transformer()
+        assert transformer is not None, "the transformer is held by the caller"
+        originals = originals_of(transformer, tuple(self.records))
+        if self._layers is None or self._layers.originals != originals:
+            self._layers = PatchedLayers(transformer, originals, self._shadow, self.records)
+        try:
+            self._layers.put()
+            self._handles.append(transformer.register_forward_pre_hook(self, with_kwargs=True))
+            self._handles.append(transformer.register_forward_hook(_End(self.forward), always_call=True))
+        except BaseException:
+            self.detach()
+            raise
+        self.forward.method = self.config.method.to_tensor()
+        self.forward.numbers = torch.tensor([self.config.sparsity], dtype=torch.float64)
+        self.forward.hook = self._hook
+
+    def detach(self) -> None:
+        """Restore every stock processor that is still replaced by ours. Harmless when done twice."""
+        if self.attached:
+            self.forward.sparse = False  # whoever keeps one of our processors and puts it back gets dense attention
+            self.forward.hook = None
+        while self._handles:
+            self._handles.pop().remove()
+        if self._layers is not None:
+            self._layers.take_back()
+
+    @contextlib.contextmanager
+    def watched(self, hook: Hook) -> Iterator[None]:
+        """Show every call of the patched layers to a hook, which may stand in for it."""
+        before, self._hook = self._hook, hook
+        if self.attached:
+            self.forward.hook = hook
+        try:
+            yield
+        finally:
+            self._hook = before
+            if self.attached:
+                self.forward.hook = before
 
     # `torch.compile` calls a module's hooks outside the graph of its forward, so this one may simply stay eager.
     @torch.compiler.disable
     def __call__(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        """The forward pre-hook: learns the grid and the lengths, decides dense or sparse, and counts."""
+        """Learn the grid and the lengths, decide dense or sparse, and count: the forward pre-hook."""
         inputs = inputs_of(module, args, kwargs)
         video = self.family.video(inputs, module.config)
-        self.state.geometry = torch.tensor([*video.grid, video.prefix])
-        share(self.state, module, self.family, self.processors, inputs, video)
-        self.state.kv_len = video.kv_len
+        forward = self.forward
+        forward.geometry = torch.tensor([*video.grid, video.prefix])
+        assert self._layers is not None, "attached"
+        share(forward, module, self.family, self._layers.processors, inputs, video)
+        forward.kv_len = video.kv_len
         if torch.is_grad_enabled() and getattr(module, "gradient_checkpointing", False):
-            self.state.forwards_to_recompute = 1 if self.state.recomputed else self.state.forwards_to_recompute + 1
-            self.state.recomputed = False
-        dense = self.schedule.is_dense(inputs["timestep"])
-        self.state.sparse = not dense
+            forward.will_be_recomputed()
+        moment = self.clock.at(inputs["timestep"])
+        dense = self.schedule.is_dense(moment, inputs["timestep"])
+        self.clock.note(moment)
+        forward.sparse = not dense
+        self.last_grid = video.grid
         if not dense:
-            self.last_sparse = video.grid
             self._look_for_replaced(module)
-        self._count(dense)
+        self._count(moment, dense)
+        forward.begin()
+        # Behind all other hooks: the forward is not over while they run.
+        hooks: Any = module._forward_hooks
+        hooks.move_to_end(self._handles[-1].id)
 
-    def _count(self, dense: bool) -> None:
-        """Counts one forward and, when the scheduler has moved on, one step."""
+    def _count(self, moment: Moment | None, dense: bool) -> None:
+        """Count one forward and, when the scheduler has moved on, one step."""
         kind = "dense" if dense else "sparse"
         self.forwards[kind] += 1
-        if self.schedule.now is None or self.schedule.now != self._last_step:
+        if moment is None or not moment.is_step_of(self._last_moment):
             self.steps[kind] += 1
-        self._last_step = self.schedule.now
-        for processor in self.processors.values():
-            self.masked_calls += processor.masked
-            processor.masked = False
+        self._last_moment = moment
+        for record in self.records.values():
+            self.masked_calls += record.masked
+            record.masked = False
 
     def _look_for_replaced(self, transformer: nn.Module) -> None:
-        """Notices layers whose processor somebody has replaced since: they run dense unless they are patched again."""
-        replaced = self.layers.replaced() if self.layers else []
+        """Notice layers whose processor somebody has replaced since: they run dense unless they are patched again."""
+        replaced = self._layers.replaced() if self._layers else []
         if replaced and not self.replaced_calls:
             found = type(replaced[0]).__name__
             warnings.warn(
@@ -131,13 +182,29 @@ class Attachment:
             )
         self.replaced_calls += len(replaced)
 
-    def __reduce__(self) -> Any:
-        # A copy or a pickle of a patched transformer is a stock transformer, with a hook from the standard library
-        # that takes three arguments and does nothing.
-        return (getattr, (contextlib.nullcontext(), "__exit__"))
+
+class _End(_HookOfTransformer):
+    """The forward hook: notes that the forward is over, also after an error."""
+
+    def __init__(self, forward: Forward) -> None:
+        self._forward = forward
+
+    @torch.compiler.disable
+    def __call__(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
+        self._forward.end()
 
 
 def attachment_of(transformer: nn.Module) -> Attachment | None:
-    """Draft attention that is in place in a transformer."""
+    """Find the settings that are in force in a transformer."""
     hooks = transformer._forward_pre_hooks.values()
     return next((hook for hook in hooks if isinstance(hook, Attachment)), None)
+
+
+def check_not_running(transformer: nn.Module | None) -> None:
+    """Raise RuntimeError if this thread is in a forward of a patched transformer."""
+    attachment = None if transformer is None else attachment_of(transformer)
+    if attachment and attachment.forward.runs_here:
+        raise RuntimeError(
+            f"A forward of {type(transformer).__name__} is running. Enable or disable draft attention between "
+            "forwards, for example in callback_on_step_end."
+        )

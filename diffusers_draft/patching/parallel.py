@@ -9,16 +9,16 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from ..api import check_not_running, known_transformers, layer_paths
-from ..attention.ranks.exchange import check_config, context_parallel
-from ..families import Family, Split, parameter_names
-from .attachment import attachment_of
-from .layers import attention_module
+from ..families.family import Family, Refusal, Split, parameter_names
+from .attachment import attachment_of, check_not_running
+from .context_parallel import check_config, context_parallel
+from .processors import attention_module
 from .splitting import Splitting, splitting_of
+from .targets import known_transformers, layer_paths
 
 
 def enable_parallelism(pipe: Any, *, config: Any) -> None:
-    """Splits the video of every forward over GPUs (Ulysses), with diffusers' own engine.
+    """Split the video of every forward over GPUs (Ulysses), with diffusers' own engine.
 
     As the method `enable_parallelism` of diffusers' models, for all transformers of a pipeline and with a plan for
     families for which diffusers has none; their texts stay whole on every GPU. Call it in every process of a group,
@@ -75,9 +75,9 @@ def enable_parallelism(pipe: Any, *, config: Any) -> None:
 
 
 def _check(transformer: Any, family: Family, config: Any) -> Split:
-    """Refuses what cannot be split, before anything is."""
-    if isinstance(family.split, str):
-        raise NotImplementedError(f"{family.name} cannot be split over GPUs: {family.split}.")
+    """Refuse what cannot be split, before anything is."""
+    if isinstance(family.split, Refusal):
+        raise NotImplementedError(f"{family.name} cannot be split over GPUs: {family.split.reason}.")
     check_not_running(transformer)
     if transformer._parallel_config is not None:
         raise RuntimeError(f"This {type(transformer).__name__} is split over GPUs already.")
@@ -93,7 +93,7 @@ def _check(transformer: Any, family: Family, config: Any) -> Split:
 
 
 def _exchanging(transformer: nn.Module, family: Family, split: Split) -> tuple[str, ...]:
-    """Layers whose keys are split."""
+    """List the layers whose keys are split."""
     return layer_paths(transformer, (*family.layers, *split.others))
 
 
@@ -110,7 +110,7 @@ def _split(transformer: Any, family: Family, split: Split, parallel: Any) -> Non
 
 
 def _undo(transformer: Any, family: Family, split: Split) -> None:
-    """Takes back as much as there is of a split."""
+    """Take back as much as there is of a split."""
     from diffusers.hooks.context_parallel import remove_context_parallel
 
     with _without_draft_attention(transformer):
@@ -128,7 +128,7 @@ def _tell_layers(transformer: Any, family: Family, split: Split, parallel: Any) 
 
 @contextlib.contextmanager
 def _without_draft_attention(transformer: nn.Module) -> Iterator[None]:
-    """Splits lie below draft attention."""
+    """Take draft attention out for a while: splits lie below it."""
     attachment = attachment_of(transformer)
     if attachment:
         attachment.detach()
@@ -140,7 +140,7 @@ def _without_draft_attention(transformer: nn.Module) -> Iterator[None]:
 
 
 def _prepare_for_compile(transformer: nn.Module) -> None:
-    """Keeps diffusers' hooks from what `torch.compile` refuses: reading signatures at first, and warnings."""
+    """Keep diffusers' hooks from what `torch.compile` refuses: reading signatures at first, and warnings."""
     from diffusers.hooks.context_parallel import ContextParallelSplitHook
 
     for module in transformer.modules():
@@ -153,5 +153,5 @@ def _prepare_for_compile(transformer: nn.Module) -> None:
 
 
 def _share(share: Callable[[Tensor, Any], Tensor], tensor: Tensor, plan: Any) -> Tensor:
-    """This rank's part of a tensor, if it has the dimensions that the plan speaks of; else all of it."""
+    """Get this rank's part of a tensor, if it has the dimensions that the plan speaks of; else all of it."""
     return share(tensor, plan) if tensor.dim() == plan.expected_dims else tensor

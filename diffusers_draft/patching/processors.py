@@ -1,133 +1,86 @@
-"""How a stock attention processor gets our attention call.
+"""Puts our processors in the place of stock ones, and takes them back."""
 
-Every diffusers processor ends in one call of a module global: `dispatch_attention_fn`, or in older ones
-`F.scaled_dot_product_attention`. A subclass runs upstream's own `__call__` code with that one name bound to ours, so
-that nothing upstream does is copied here. The few families whose stock code wastes what sparsity saves bring a
-`__call__` of their own, which runs in the same way.
-"""
-
-import functools
-import itertools
-import types
-from collections.abc import Callable
+import weakref
+from collections.abc import Iterable, Iterator
 from typing import Any
 
-from torch import Tensor
-from torch.nn import functional
+from torch import nn
 
-from ..families import Family
-
-Dispatch = Callable[..., Tensor]
-_numbers = itertools.count()
+from .forward import LayerRecord
+from .shadow import Shadow, stock_class
 
 
-def patched_class(stock: type, state: Any, family: Family, dispatch: Callable[[Dispatch], Dispatch]) -> type:
-    """Subclasses a stock processor.
+def attention_module(transformer: nn.Module, path: str) -> Any:
+    """Get the attention layer at a module path; it has a `processor`."""
+    return transformer.get_submodule(path)
+
+
+def processors_of(transformer: nn.Module, paths: Iterable[str]) -> dict[str, Any]:
+    """Get the processors that layers have now, by module path."""
+    return {path: attention_module(transformer, path).processor for path in paths}
+
+
+class PatchedLayers:
+    """Processors in place of those that some layers have.
 
     Args:
-        stock: its class.
-        state: what forwards leave for the layers; its `enter` gets the processor that is about to run.
-        family: has the `__call__` to run instead of upstream's, if there is one.
-        dispatch: makes our attention call; takes the one to make where draft attention does not apply.
+        transformer: whose layers these are.
+        originals: the processors that they have, by module path.
+        shadow: makes the classes of ours.
+        records: of each layer, by module path.
+
+    Attributes:
+        originals: as given.
+        processors: ours, by module path.
     """
-    upstream: Any = stock.__call__
-    source = family.explicit or upstream
-    name = f"{__name__}.{stock.__name__}_{next(_numbers)}"
-    shadows = []
-    if "dispatch_attention_fn" in source.__code__.co_names:
-        bound: dict[str, Any] = {"dispatch_attention_fn": dispatch(source.__globals__["dispatch_attention_fn"])}
-    else:
-        sdpa = {"scaled_dot_product_attention": _sdpa(dispatch(_as_dispatch))}
-        shadows.append(_shadow_module(f"{name}_functional", functional.__dict__, sdpa))
-        bound = {"F": shadows[0]}
-    shadows.append(_shadow_module(name, source.__globals__, bound))
-    call = types.FunctionType(
-        source.__code__, shadows[-1].__dict__, source.__name__, source.__defaults__, source.__closure__
-    )
-    call.__kwdefaults__ = source.__kwdefaults__
-    stock_when_dense = family.stock_when_dense
 
-    @functools.wraps(upstream)
-    def __call__(processor: Any, *args: Any, **kwargs: Any) -> Any:
-        state.enter(processor)
-        if stock_when_dense and not state.sparse:
-            return upstream(processor, *args, **kwargs)
-        return call(processor, *args, **kwargs)
+    def __init__(
+        self, transformer: nn.Module, originals: dict[str, Any], shadow: Shadow, records: dict[str, LayerRecord]
+    ) -> None:
+        self.originals = originals
+        self._shadow = shadow
+        self.processors = {
+            path: shadow.class_for(stock_class(original)).wrapping(original, records[path])
+            for path, original in originals.items()
+        }
+        self._transformer = weakref.ref(transformer)
+        self._modules = {path: weakref.ref(attention_module(transformer, path)) for path in originals}
+        self._in_place = False
 
-    members = {"__call__": __call__, "_stock": stock, "shadows": shadows}
-    return type(f"Draft{stock.__name__}", (DraftProcessor, stock), members)
+    def put(self) -> None:
+        """Put the processors in place."""
+        transformer = self._transformer()
+        assert transformer is not None, "the transformer is held by the caller"
+        self._shadow.show(transformer)
+        self._in_place = True
+        for path, module in self._there():
+            module.processor = self.processors[path]
 
+    def take_back(self) -> None:
+        """Restore every processor that is still replaced by ours. Harmless when done twice."""
+        if not self._in_place:
+            return
+        self._in_place = False
+        # `fuse_qkv_projections` keeps the processors it replaces, and `unfuse_qkv_projections` puts them back.
+        kept = getattr(self._transformer(), "original_attn_processors", None) or {}
+        for path, module in self._there():
+            ours, name = self.processors[path], f"{path}.processor"
+            if module.processor is ours:
+                module.processor = ours.unwrapped(self.originals[path])
+            if name in kept and kept[name] is ours:
+                kept[name] = ours.unwrapped(self.originals[path])
+        self._shadow.hide()
 
-def can_be_patched(stock: Any, family: Family) -> bool:
-    """Says whether the code of a processor class ends in a call that we know."""
-    names = stock.__call__.__code__.co_names
-    return family.explicit is not None or "dispatch_attention_fn" in names or "scaled_dot_product_attention" in names
+    def replaced(self) -> list[Any]:
+        """List the processors that somebody else has put in the place of ours since."""
+        return [found for path, found in self.present().items() if found is not self.processors[path]]
 
+    def present(self) -> dict[str, Any]:
+        """Get the processors that those layers have now that still exist, by module path."""
+        return {path: module.processor for path, module in self._there()}
 
-class DraftProcessor:
-    """Mixed into a stock processor class."""
-
-    _stock: type
-    shadows: list[types.ModuleType]
-    masked: bool
-    kv_num_blocks: Tensor | None
-    kv_len: Tensor | None
-
-    @classmethod
-    def wrapping(cls, original: Any) -> Any:
-        processor = cls.__new__(cls)
-        processor.__dict__.update(original.__dict__, masked=False, kv_num_blocks=None, kv_len=None)
-        return processor
-
-    def unwrapped(self, original: Any) -> Any:
-        """The original, with what was set on us meanwhile, such as an attention backend."""
-        original.__dict__.update(self._stock_attributes())
-        return original
-
-    def _stock_attributes(self) -> dict[str, Any]:
-        ours = ("masked", "kv_num_blocks", "kv_len")
-        return {name: value for name, value in self.__dict__.items() if name not in ours}
-
-    def __reduce__(self) -> Any:
-        return (object.__new__, (self._stock,), self._stock_attributes())
-
-
-def _shadow_module(name: str, upstream: dict[str, Any], bound: dict[str, Any]) -> types.ModuleType:
-    """Upstream's globals in a module of our own, where some names are bound to ours."""
-    shadow = types.ModuleType(name)
-    own = ("__name__", "__spec__", "__loader__", "__file__")
-    shadow.__dict__.update({key: value for key, value in upstream.items() if key not in own} | bound)
-    return shadow
-
-
-def _sdpa(dispatch: Dispatch) -> Dispatch:
-    """Our attention call in the form of `F.scaled_dot_product_attention`, whose tensors are `(B, H, S, D)`."""
-
-    def scaled_dot_product_attention(
-        query: Tensor,
-        key: Tensor,
-        value: Tensor,
-        attn_mask: Tensor | None = None,
-        dropout_p: float = 0.0,
-        is_causal: bool = False,
-        scale: float | None = None,
-        enable_gqa: bool = False,
-    ) -> Tensor:
-        query, key, value = query.transpose(1, 2), key.transpose(1, 2), value.transpose(1, 2)
-        return dispatch(query, key, value, attn_mask, dropout_p, is_causal, scale, enable_gqa).transpose(1, 2)
-
-    return scaled_dot_product_attention
-
-
-def _as_dispatch(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    attention_kwargs: None,
-    backend: None,
-    parallel_config: None,
-    **kwargs: Any,
-) -> Tensor:
-    """`F.scaled_dot_product_attention` in the form of `dispatch_attention_fn`, whose tensors are `(B, S, H, D)`."""
-    query, key, value = query.transpose(1, 2), key.transpose(1, 2), value.transpose(1, 2)
-    return functional.scaled_dot_product_attention(query, key, value, **kwargs).transpose(1, 2)
+    def _there(self) -> Iterator[tuple[str, Any]]:
+        """Go through the layers that still exist."""
+        for path, reference in self._modules.items():
+            if module := reference():
+                yield path, module

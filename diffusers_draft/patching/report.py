@@ -1,14 +1,11 @@
 """What really happened: a report made from what the hot path left behind, only when it is asked for."""
 
-import math
 from dataclasses import dataclass
 
-import torch
-
 from ..attention import kernels
-from ..attention.block_mask import density
 from ..config import DraftConfig
 from .attachment import Attachment
+from .forward import LayerRecord
 
 
 @dataclass(frozen=True)
@@ -85,50 +82,41 @@ class DraftReport:
 
 
 def report_on(component: str, attachment: Attachment) -> TransformerReport:
-    """Reads the counters; waits for the device to fetch the densities."""
-    state, config = attachment.state, attachment.config
-    frames, rows, columns, _ = state.geometry.tolist()
-    counts = (processor.kv_num_blocks for processor in attachment.processors.values())
-    measured = next((count for count in counts if count is not None), None)
-    choice = blocks = None
-    if measured is not None and state.kind is not None:
-        dtype, head_dim, needs_grad = state.kind
-        choice = kernels.choose(config.backend, measured.device, dtype, head_dim, config.block, needs_grad)
-        blocks = (measured.shape[-1], math.prod(attachment.last_sparse or (0,)) // config.block)
+    """Read the counters; wait for the device to fetch the densities."""
+    records = attachment.records
+    facts = next((record.facts.tolist() for record in records.values() if record.facts is not None), None)
     forwards = attachment.forwards
+    choice = kernels.choice_of(facts[3]) if facts else None
     return TransformerReport(
         component=component,
         family=attachment.family.name,
-        config=config,
+        config=attachment.config,
         attached=attachment.attached,
         backend=choice.name if choice else None,
         backend_reason=choice.reason if choice else None,
-        grid=(frames, rows, columns) if frames else None,
-        blocks=blocks,
-        densities={
-            path: _density(p.kv_num_blocks, p.kv_len, config.block) for path, p in attachment.processors.items()
-        },
+        grid=attachment.last_grid,
+        blocks=(facts[1], facts[2]) if facts else None,
+        densities={path: _density(record, attachment.config.block) for path, record in records.items()},
         dense_layers=attachment.dense_layers,
         steps=dict(attachment.steps),
         forwards=dict(forwards),
         dense_calls={
-            "step": forwards["dense"] * len(attachment.processors),
+            "step": forwards["dense"] * len(records),
             "layer": sum(forwards.values()) * len(attachment.dense_layers),
-            "mask": attachment.masked_calls + sum(p.masked for p in attachment.processors.values()),
+            "mask": attachment.masked_calls + sum(record.masked for record in records.values()),
             "replacement": attachment.replaced_calls,
         },
     )
 
 
-def _density(counts: torch.Tensor | None, kv_len: torch.Tensor | None, block: int) -> float | None:
-    if counts is None:
+def _density(record: LayerRecord, block: int) -> float | None:
+    if record.pairs is None or record.facts is None:
         return None
-    batch, _, num_blocks = counts.shape
-    if kv_len is None:
-        valid = counts.new_full((batch,), num_blocks)
-    else:
-        valid = (kv_len.to(counts.device) + block - 1) // block
-    return float(density(counts, valid))
+    heads, blocks = record.facts.tolist()[:2]
+    valid = [blocks] * len(record.pairs)
+    if record.kv_len is not None:
+        valid = [-(-length // block) for length in record.kv_len.tolist()]
+    return int(record.pairs.sum()) / (sum(valid) * heads * blocks)
 
 
 def _why(reason: str | None) -> str:

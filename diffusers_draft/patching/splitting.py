@@ -1,19 +1,17 @@
 """Whether and how a transformer's forward is split over GPUs by diffusers' context parallelism."""
 
 import copy
-import functools
 import math
 from typing import Any
 
 import torch
 from torch import nn
 
-from ..attention.ranks.exchange import check_config, check_tokens, context_parallel
-from ..config import DraftConfig
-from ..families import Family, Inputs, VideoTokens, inputs_of
-from .dispatch import State, attention_call
-from .layers import PatchedLayers, attention_module, processors_of
-from .processors import DraftProcessor
+from ..families.family import Family, Inputs, Refusal, VideoTokens, inputs_of
+from .context_parallel import check_config, check_tokens, context_parallel
+from .forward import Forward, LayerRecord
+from .processors import PatchedLayers, attention_module, processors_of
+from .shadow import DraftProcessor, Shadow
 
 
 class Splitting:
@@ -25,18 +23,19 @@ class Splitting:
 
     def __init__(self, transformer: nn.Module, family: Family, paths: tuple[str, ...]) -> None:
         self.family = family
-        self.state = State()
-        dispatch = functools.partial(attention_call, self.state, DraftConfig())
-        self.layers = PatchedLayers(transformer, processors_of(transformer, paths), self.state, family, dispatch)
+        shadow = Shadow(family)
+        self.forward = shadow.forward
+        records = {path: LayerRecord(path) for path in paths}
+        self.layers = PatchedLayers(transformer, processors_of(transformer, paths), shadow, records)
         self.layers.put()
         self._hook = transformer.register_forward_pre_hook(self, with_kwargs=True)
 
     @torch.compiler.disable
     def __call__(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        """Checks that the ranks can share this forward's tokens, before anything is computed."""
+        """Check that the ranks can share this forward's tokens, before anything is computed."""
         inputs = inputs_of(module, args, kwargs)
         video = self.family.video(inputs, module.config)
-        share(self.state, module, self.family, {}, inputs, video)
+        share(self.forward, module, self.family, {}, inputs, video)
         present = self.layers.present().items()
         if replaced := [path for path, processor in present if not isinstance(processor, DraftProcessor)]:
             raise RuntimeError(
@@ -49,7 +48,7 @@ class Splitting:
         raise TypeError("A model that is split over GPUs cannot be copied or pickled. Copy it before it is split.")
 
     def remove(self) -> None:
-        """Restores the processors, and forgets the forward."""
+        """Restore the processors, and forget the forward."""
         self._hook.remove()
         self.layers.take_back()
 
@@ -60,7 +59,7 @@ def splitting_of(transformer: nn.Module) -> Splitting | None:
 
 
 def originals_of(transformer: nn.Module, paths: tuple[str, ...]) -> dict[str, Any]:
-    """The processors that draft attention goes on top of, by module path: diffusers' own, or those of a split.
+    """Get the processors that draft attention goes on top of, by module path: diffusers' own, or those of a split.
 
     A processor of ours that somebody kept and put back counts as the stock one that it stands for.
     """
@@ -74,7 +73,7 @@ def originals_of(transformer: nn.Module, paths: tuple[str, ...]) -> dict[str, An
 
 
 def check_layers(transformer: nn.Module, family: Family, processors: dict[str, Any]) -> Any:
-    """Refuses a split that draft attention cannot follow.
+    """Refuse a split that draft attention cannot follow.
 
     Args:
         transformer: of a known family.
@@ -95,8 +94,9 @@ def check_layers(transformer: nn.Module, family: Family, processors: dict[str, A
     config = config or context_parallel(getattr(transformer, "_parallel_config", None))
     if config is None:
         return None
-    if isinstance(family.split, str):
-        raise NotImplementedError(f"Draft attention cannot be split over GPUs for {family.name}: {family.split}.")
+    if isinstance(family.split, Refusal):
+        reason = family.split.reason
+        raise NotImplementedError(f"Draft attention cannot be split over GPUs for {family.name}: {reason}.")
     if path:
         check_config(config, attention_module(transformer, path).heads)
     if family.split.whole_text and not splitting_of(transformer):
@@ -108,25 +108,25 @@ def check_layers(transformer: nn.Module, family: Family, processors: dict[str, A
 
 
 def share(
-    state: State,
+    forward: Forward,
     transformer: nn.Module,
     family: Family,
     processors: dict[str, Any],
     inputs: Inputs,
     video: VideoTokens,
 ) -> None:
-    """Tells a forward's layers what the ranks share; as `check_layers`, and refuses what they cannot share equally.
+    """Tell a forward's layers what the ranks share; refuse what they cannot share equally, and as `check_layers`.
 
     Raises:
         ValueError: names grids that would fit.
     """
     config = check_layers(transformer, family, processors)
-    if config is None or isinstance(family.split, str):
-        state.shared = None
+    if config is None or isinstance(family.split, Refusal):
+        forward.shared = None
         return
     states = inputs["hidden_states"]
     tokens = math.prod(video.grid) if states.dim() > 3 else states.shape[1]  # packed latents come with their others
     check_tokens(tokens, video.grid, config.ulysses_degree)
     # Compiled code would be tied to a number, but takes any length.
-    state.shared = torch.empty(tokens, device="meta")
-    state.whole_text = family.split.whole_text
+    forward.shared = torch.empty(tokens, device="meta")
+    forward.whole_text = family.split.whole_text

@@ -24,7 +24,7 @@ def a_layout(num_video: int, num_anchors: int, block: int = 16) -> TokenLayout:
     """A layout of which only the sizes are read."""
     nothing = torch.empty(0)
     blocks = num_video + num_anchors
-    return TokenLayout(nothing, nothing, blocks * block, block, blocks, num_video)
+    return TokenLayout((1, 1, 1), 0, nothing, nothing, blocks * block, block, blocks, num_video)
 
 
 @pytest.mark.parametrize("head_dim", [40, 64, 96, 128])

@@ -7,6 +7,7 @@ from packaging.version import Version
 from torch import Tensor
 
 from diffusers_draft import DraftConfig, draft_attention, enable_draft_attention
+from diffusers_draft.attention.ops import Attended
 from diffusers_draft.families import families, family_of
 from diffusers_draft.patching import dispatch
 
@@ -94,10 +95,10 @@ def test_every_chosen_layer_is_routed_and_no_other(name: str, monkeypatch: pytes
     model, inputs = tiny.build(), tiny.inputs(2)
     calls = []
 
-    def marked(*arguments: object) -> tuple[Tensor, Tensor]:
+    def marked(*arguments: object) -> Attended:
         calls.append(arguments)
-        out, counts = attend(*arguments)
-        return torch.zeros_like(out), counts
+        found = attend(*arguments)
+        return found._replace(out=torch.zeros_like(found.out))
 
     attend = dispatch.attend
     monkeypatch.setattr(dispatch, "attend", marked)

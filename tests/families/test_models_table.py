@@ -4,7 +4,7 @@ import pytest
 
 from diffusers_draft.cli import main
 from diffusers_draft.families import families
-from diffusers_draft.families.table import models_table
+from diffusers_draft.tools.catalogue import models_table
 
 
 def test_models_prints_a_row_for_every_class(capsys: pytest.CaptureFixture[str]) -> None:

@@ -44,7 +44,7 @@ def shadows() -> Any:
     """Lists the modules made for patched processors since the test began."""
 
     def everything() -> set[str]:
-        return {name for name in sys.modules if name.startswith("diffusers_draft.patching.processors.")}
+        return {name for name in sys.modules if name.startswith("diffusers_draft.patching.shadow.")}
 
     before = everything()
     return lambda: everything() - before

@@ -11,6 +11,7 @@ from torch import Tensor
 from torch._dynamo.utils import counters
 
 from diffusers_draft import disable_draft_attention, enable_draft_attention
+from diffusers_draft.attention.ops import Attended
 from diffusers_draft.patching import dispatch
 
 GRIDS = [(3, 17, 13), (5, 20, 13), (5, 13, 20)]
@@ -181,9 +182,9 @@ def test_compiled_layers_are_routed(name: str, monkeypatch: pytest.MonkeyPatch) 
     with attention_replaced(transformer, chosen, lambda query, key, value: torch.zeros_like(query)):
         expected = transformer(**inputs).sample
 
-    def marked(*arguments: Any) -> tuple[Tensor, Tensor]:
-        out, counts = attend(*arguments)
-        return torch.zeros_like(out), counts
+    def marked(*arguments: Any) -> Attended:
+        found = attend(*arguments)
+        return found._replace(out=torch.zeros_like(found.out))
 
     attend = dispatch.attend
     unmarked = transformer(**inputs).sample

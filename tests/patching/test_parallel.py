@@ -10,14 +10,15 @@ import torch
 from diffusers import ContextParallelConfig
 from launch import Pool, pool
 from models import FLOAT32_ERROR, RAGGED, TINY, Grid, error
-from ranks import HALF, SPARSE, Outcome, baseline, outcome
+from ranks import HALF, SPARSE, Outcome, baseline, how, outcome
 from torch import Tensor
 
-from diffusers_draft.attention.call import attend
+from diffusers_draft import enable_parallelism
+from diffusers_draft.attention.ops import attend
 from diffusers_draft.attention.ranks.transfer import _in_words
 from diffusers_draft.config import DraftConfig
 from diffusers_draft.families import families
-from diffusers_draft.patching.parallel import enable_parallelism
+from diffusers_draft.families.family import Refusal
 from diffusers_draft.tools.bench.step import NO_ATTENTION, ONE_GPU
 
 __all__ = ["pool"]
@@ -55,7 +56,7 @@ def test_as_in_one_process(pool: Pool, name: str, ranks: int, draft: Any) -> Non
     check(pool.run(ranks, "outcome", *case, "before"), expected)
 
 
-SPLIT = [name for name, family in families().items() if not isinstance(family.split, str)]
+SPLIT = [name for name, family in families().items() if not isinstance(family.split, Refusal)]
 REFUSED = ("animate", "token_replace")
 
 
@@ -92,14 +93,16 @@ def test_heads_attend_in_parts_as_they_arrive(pool: Pool, ranks: int, heads: int
     whole, grid, video = torch.randn(3, 2, math.prod(EVEN) + behind, heads, 16), EVEN, math.prod(EVEN)
     kv_len = torch.tensor([video + 2, video + 5]) if behind else None
     config = DraftConfig(sparsity=0.7, tile=(2, 4, 4))
-    out, kept = attend(*whole, torch.tensor([*grid, 0]), kv_len, config)
+    geometry = torch.tensor([*grid, 0])
+    out = attend(*whole, geometry, kv_len, *how(config)).out
     share, of_rank = video // ranks, heads // ranks
-    for rank, (found, counts, calls) in enumerate(pool.run(ranks, "attended", whole, grid, kv_len)):
+    for rank, (found, pairs, calls) in enumerate(pool.run(ranks, "attended", whole, grid, kv_len)):
         expected = torch.cat((out[:, rank * share : (rank + 1) * share], out[:, video:]), dim=1)
         assert error(found, expected) < FLOAT32_ERROR
-        assert torch.equal(counts, kept[:, rank * of_rank : (rank + 1) * of_rank])
+        own_heads = whole[..., rank * of_rank : (rank + 1) * of_rank, :]
+        assert torch.equal(pairs, attend(*own_heads, geometry, kv_len, *how(config)).pairs)
         parts = min(of_rank, 2)
-        each = ["wait", "attend_with_fields", "start_to_tokens"]
+        each = ["wait", "attend_now", "start_to_tokens"]
         assert calls == ["start_to_heads"] * parts + each * parts + ["wait"] * parts
 
 
@@ -108,7 +111,7 @@ def test_what_is_underway_is_awaited_after_an_error(pool: Pool) -> None:
     whole, too_short = torch.randn(3, 1, math.prod(EVEN) + 5, 4, 16), torch.tensor([3])
     for message, _, calls in pool.run(2, "attended", whole, EVEN, too_short):
         assert "kv_len must lie between" in message
-        assert calls == ["start_to_heads", "start_to_heads", "wait", "attend_with_fields", "wait"]
+        assert calls == ["start_to_heads", "start_to_heads", "wait", "attend_now", "wait"]
 
 
 @pytest.mark.parametrize(

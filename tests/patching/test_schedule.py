@@ -19,6 +19,7 @@ from models import Loop, run_hunyuan_video, run_wan
 from PIL import Image
 
 from diffusers_draft import DraftHandle, enable_draft_attention
+from diffusers_draft.attention.ops import Attended
 from diffusers_draft.patching import dispatch
 
 SMALL = (1, 8, 16)
@@ -383,9 +384,9 @@ def test_forward_hook_reads_nothing_on_the_device(name: str, monkeypatch: pytest
     loop = Loop(scheduler, transformer=transformer)
     handle = enable_draft_attention(loop)
 
-    def attend(query: torch.Tensor, *_: object) -> tuple[torch.Tensor, torch.Tensor]:
+    def attend(query: torch.Tensor, *_: object) -> Attended:
         calls.append(query)
-        return query, torch.ones(2, 2, 6)
+        return Attended(query, torch.ones(2), torch.ones(4))
 
     calls: list[torch.Tensor] = []
     monkeypatch.setattr(dispatch, "attend", attend)

@@ -17,7 +17,7 @@ from torch.nn.functional import scaled_dot_product_attention
 import diffusers_draft
 from diffusers_draft import DraftConfig, enable_draft_attention
 from diffusers_draft.cli import main
-from diffusers_draft.tools.demo.capture import QueryKey, captured
+from diffusers_draft.tools.demo.capture import Captured, captured
 from diffusers_draft.tools.demo.model import WEIGHTS, demo_pipeline
 from diffusers_draft.tools.demo.pictures import draft_picture, side_by_side
 from diffusers_draft.tools.demo.scenes import COLOURS, unknown_words
@@ -193,7 +193,7 @@ def test_captured_queries_and_keys_are_those_of_the_attention(pipe):
     stock_video = pipe(**arguments(pipe), output_type="latent").frames
     seen = {}
     hook = layer.register_forward_hook(lambda layer, args, output: seen.update(hidden=args[0], output=output))
-    with captured(layer) as tensors:
+    with captured(pipe.transformer, "blocks.1.attn1") as tensors:
         video = pipe(**arguments(pipe), output_type="latent").frames
     hook.remove()
     assert torch.equal(video, stock_video)
@@ -206,9 +206,10 @@ def test_captured_queries_and_keys_are_those_of_the_attention(pipe):
 def test_capture_leaves_no_trace_after_an_error(pipe):
     layer = pipe.transformer.blocks[1].attn1
     module = sys.modules[type(layer.processor).__module__]
-    stock = module.dispatch_attention_fn
-    with captured(layer), pytest.raises(TypeError):
+    stock, processor = module.dispatch_attention_fn, layer.processor
+    with captured(pipe.transformer, "blocks.1.attn1"), pytest.raises(TypeError):
         layer(None)
+    assert layer.processor is processor
     assert module.dispatch_attention_fn is stock
     assert not layer._forward_pre_hooks and not layer._forward_hooks
 
@@ -217,7 +218,7 @@ def test_capture_refuses_a_patched_layer(pipe):
     with (
         enable_draft_attention(pipe),
         pytest.raises(ValueError, match="Capture a dense run"),
-        captured(pipe.transformer.blocks[1].attn1),
+        captured(pipe.transformer, "blocks.1.attn1"),
     ):
         pass
 
@@ -239,6 +240,6 @@ def test_draft_picture_of_any_grid(grid):
     query, key = torch.randn(2, 1, frames * rows * columns, 2, 16, generator=generator)
     video = np.random.default_rng(0).integers(0, 256, (2 * frames - 1, rows * 4, columns * 4, 3), np.uint8)
     before = query.clone(), key.clone()
-    picture = draft_picture(QueryKey(query, key), grid, video, DraftConfig(sparsity=0.5), head=1)
+    picture = draft_picture(Captured(query, key, key), grid, video, DraftConfig(sparsity=0.5), head=1)
     assert picture.mode == "RGB" and picture.width == 1000
     assert torch.equal(query, before[0]) and torch.equal(key, before[1])

@@ -12,6 +12,7 @@ import sys
 import time
 import types
 from importlib.machinery import ModuleSpec
+from pathlib import Path
 
 import checkpoints
 import imageio
@@ -28,6 +29,7 @@ from diffusers_draft.cli import main
 from diffusers_draft.tools.evaluation import Setting, Store, Study, grid, parse_setting, read_prompts
 from diffusers_draft.tools.evaluation.metrics import fidelity, fidelity_metrics, flicker
 from diffusers_draft.tools.evaluation.results import read_results
+from diffusers_draft.tools.evaluation.selection import selecting
 from diffusers_draft.tools.evaluation.statistics import Estimate, estimate
 from diffusers_draft.tools.evaluation.store import key
 from diffusers_draft.tools.evaluation.table import as_csv, as_text, table
@@ -381,16 +383,13 @@ def test_equal_settings_give_equal_clips_and_random_ones_depend_on_the_seed_alon
 
 def test_draft_selection_as_a_baseline_is_draft_attention(tmp_path):
     """The way that runs baselines changes nothing but the choice."""
-    from diffusers_draft.patching.dispatch import attending
-    from diffusers_draft.tools.evaluation.replacement import attend_with
-
     pipe = models.wan_pipeline()
     with enable_draft_attention(pipe, 0.7, tile=(2, 8), dense_steps=0) as handle:
         expected = models.run_wan(pipe)
         density = handle.report().transformers[0].density
-        with attending(attend_with("draft", 0)):
+        with handle._watched(selecting("draft", 0)):
             assert models.error(models.run_wan(pipe), expected) < 1e-6
-        with attending(attend_with("random", 0)):
+        with handle._watched(selecting("random", 0)):
             assert models.error(models.run_wan(pipe), expected) > 1e-3
         assert handle.report().transformers[0].density == pytest.approx(density)
         assert torch.equal(models.run_wan(pipe), expected)

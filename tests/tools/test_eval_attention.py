@@ -10,11 +10,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from diffusers_draft import DraftConfig
+from diffusers_draft.attention.call import Call
 from diffusers_draft.tools.evaluation import attention, mass
 from diffusers_draft.tools.evaluation.attention import Samples, measure_attention, measure_call, spread
 from diffusers_draft.tools.evaluation.mass import block_mass
-from diffusers_draft.tools.evaluation.replacement import ordered_call
-from diffusers_draft.tools.evaluation.selection import SELECTIONS, chosen
+from diffusers_draft.tools.evaluation.selection import SELECTIONS
 from diffusers_draft.tools.evaluation.settings import Setting
 
 GRID = (2, 9, 13)
@@ -30,10 +30,9 @@ def tensors(batch=2, heads=3, head_dim=16):
     return 2 * query, key, value
 
 
-def call_of(query, key, kv_len=None, seed=0, **options):
+def call_of(query, key, kv_len=None, **options):
     config = DraftConfig(tile=TILE, **options)
-    geometry = torch.tensor([*GRID, PREFIX])
-    return ordered_call(query, key, geometry, kv_len, config, None, torch.Generator().manual_seed(seed)), config
+    return Call.order(query, key, key, torch.tensor([*GRID, PREFIX]), kv_len, config.method), config
 
 
 def true_mass(query, key, kv_len):
@@ -108,7 +107,7 @@ def test_all_selections_keep_the_same_number_and_the_oracle_keeps_most(budget, s
     shares = {}
     for name, scores in SELECTIONS.items():
         call, config = call_of(query, key, sparsity=sparsity, budget=budget)
-        mask = chosen(scores(call), call, config)
+        mask = call.select(config.sparsity, scores(call, torch.Generator().manual_seed(0)))
         dense = mask.to_dense()
         video = dense[:, :, :VIDEO_BLOCKS, :VIDEO_BLOCKS]
         pairs = oracle.number_of_pairs(VIDEO_BLOCKS, sparsity, budget)
@@ -127,8 +126,8 @@ def test_local_window_keeps_the_nearest_blocks_in_space_and_time(prefix):
     grid, tile = (3, 16, 48), (8, 16)
     query = torch.zeros(1, prefix + 3 * 16 * 48, 1, 16)
     config = DraftConfig(sparsity=1 - 5 / 18, budget="row", tile=tile)
-    call = ordered_call(query, query, torch.tensor([*grid, prefix]), None, config, None, torch.Generator())
-    kept = chosen(SELECTIONS["local"](call), call, config).to_dense()[0, 0, :18, :18]
+    call = Call.order(query, query, query, torch.tensor([*grid, prefix]), None, config.method)
+    kept = call.select(config.sparsity, SELECTIONS["local"](call, torch.Generator())).to_dense()[0, 0, :18, :18]
     order = oracle.block_order(grid, prefix, query.shape[1], tile) - prefix
     places = []
     for block in range(18):
@@ -144,11 +143,16 @@ def test_local_window_keeps_the_nearest_blocks_in_space_and_time(prefix):
 
 def test_random_blocks_differ_between_heads_and_calls_and_come_from_the_seed():
     query, key, _ = tensors()
-    (call, config), (again, _) = (call_of(query, key, sparsity=0.7, seed=1) for _ in range(2))
-    first, second = (chosen(SELECTIONS["random"](call), call, config).to_dense() for _ in range(2))
+    call, config = call_of(query, key, sparsity=0.7)
+
+    def kept(generator):
+        return call.select(config.sparsity, SELECTIONS["random"](call, generator)).to_dense()
+
+    generator, again = (torch.Generator().manual_seed(1) for _ in range(2))
+    first, second = kept(generator), kept(generator)
     assert not torch.equal(first, second)
     assert not torch.equal(first[0, 0], first[0, 1])
-    assert torch.equal(first, chosen(SELECTIONS["random"](again), again, config).to_dense())
+    assert torch.equal(first, kept(again))
 
 
 @given(st.integers(1, 50), st.integers(1, 50))

@@ -51,10 +51,31 @@ class Choice:
     forward: Forward
 
 
+_choices: list[Choice] = []
+
+
+def number_of(choice: Choice) -> int:
+    """Number a choice, so that a tensor can hold it."""
+    if choice not in _choices:
+        _choices.append(choice)
+    return _choices.index(choice)
+
+
+def choice_of(number: int) -> Choice:
+    """Look up the choice that has this number."""
+    return _choices[number]
+
+
 def check_name(name: str) -> None:
     """Raises ValueError for a backend that does not exist."""
     if name != "auto" and name not in BACKENDS:
         raise ValueError(f"Unknown backend {name!r}. Expected 'auto' or one of {', '.join(map(repr, BACKENDS))}.")
+
+
+def check_backend(name: str) -> None:
+    """Raise ImportError if the package of a backend that was asked for by name is missing."""
+    if name != "auto":
+        load(name)
 
 
 @functools.lru_cache(maxsize=64)

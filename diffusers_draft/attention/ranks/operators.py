@@ -8,7 +8,7 @@ from itertools import pairwise
 import torch
 from torch import Tensor
 
-from ..call import attend_with_fields, fake_counts
+from ..ops import attend_now, empty_facts
 from .transfer import Underway, group_named, place, start_to_heads, start_to_tokens
 
 PARTS = 2
@@ -72,32 +72,32 @@ def attend_over_ranks(
     tokens: list[int],
     geometry: Tensor,
     kv_len: Tensor | None,
-    sparsity: float,
-    tile: list[int],
-    budget: str,
-    backend: str,
+    numbers: Tensor,
+    method: Tensor,
     scale: float | None,
-) -> tuple[Tensor, Tensor]:
-    """Draft attention of all tokens, for this rank's; arguments as of `to_heads` and `attention.attend_with_fields`.
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Run draft attention of all tokens, for this rank's; arguments as of `to_heads` and `ops.attend`.
 
     Returns:
-        The attention, as `query`, and `kv_num_blocks`, `(B, H / ranks, N)` int32, of this rank's heads.
+        `ops.Attended` of this rank's heads, `out` having this rank's tokens of all heads.
     """
     ranks = group_named(group)
     arriving: list[Underway] = []
     leaving: list[Underway] = []
-    kept: list[Tensor] = []
+    found: list[list[Tensor]] = []
     try:
         for part in _parts(query.shape[2] // ranks.size()):
             arriving.append(start_to_heads(query, key, value, ranks, tokens, part))
         while arriving:  # a part is let go when it has attended
             q, k, v = arriving.pop(0).wait().transpose(1, 2)
-            out, blocks = attend_with_fields(q, k, v, geometry, kv_len, sparsity, tile, budget, backend, scale)
+            out, *counted = attend_now(q, k, v, geometry, kv_len, numbers, method, scale)
             leaving.append(start_to_tokens(out, ranks, tokens[0]))
-            kept.append(blocks)
+            found.append(counted)
     finally:  # also after an error: or the rest would meet the next call's, in memory that is free by then
         came = [part.wait() for part in (*arriving, *leaving)]
-    return place(came), torch.cat(kept, dim=1)
+    pairs, facts = (torch.stack(counted) for counted in zip(*found, strict=True))
+    facts[:, 0] = facts[:, 0].sum()  # heads
+    return place(came), pairs.sum(0), facts[-1].clone()
 
 
 def _parts(heads: int) -> list[slice]:
@@ -106,6 +106,5 @@ def _parts(heads: int) -> list[slice]:
 
 
 @attend_over_ranks.register_fake
-def _(query, key, value, group, tokens, geometry, kv_len, sparsity, tile, budget, backend, scale):
-    heads = query.shape[2] // len(tokens)
-    return query.new_empty(query.shape), fake_counts(query, sum(tokens), heads, tile)
+def _(query, key, value, group, tokens, geometry, kv_len, numbers, method, scale):
+    return query.new_empty(query.shape), *empty_facts(query)

@@ -1,1 +1,39 @@
-"""The steps around the kernel: plain torch, and fused in Triton for GPUs."""
+"""The steps around the kernel: plain torch for any device, fused in Triton for GPUs."""
+
+from importlib.util import find_spec
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from ..block_mask import BlockMask
+from ..layout import TokenLayout
+from . import plain
+
+
+class Steps(Protocol):
+    """What an implementation of the steps has; `plain` says what each does, and is what every other must equal."""
+
+    def order(self, tokens: Tensor, layout: TokenLayout, average: bool = True) -> tuple[Tensor, Tensor | None]: ...
+
+    def select(
+        self,
+        query_means: Tensor,
+        key_means: Tensor,
+        scale: float,
+        sparsity: float,
+        budget: str,
+        layout: TokenLayout,
+        kv_len: Tensor | None,
+    ) -> BlockMask: ...
+
+    def restore(self, out: Tensor, layout: TokenLayout) -> Tensor: ...
+
+
+def steps_for(device: torch.device, differentiable: bool) -> Steps:
+    """Choose the steps: fused on GPUs, plain elsewhere and where gradients are needed."""
+    if differentiable or device.type != "cuda" or not find_spec("triton"):
+        return plain
+    from . import fused
+
+    return fused

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .. import Inputs, VideoTokens
+from ..family import Inputs, VideoTokens
 from .reading import read_once
 
 

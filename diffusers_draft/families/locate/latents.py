@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from ...attention.layout import Grid
-from .. import Inputs, VideoTokens
+from ..family import Inputs, VideoTokens
 
 
 def patched(sizes: Sequence[int], patch: Sequence[int]) -> Grid:

@@ -10,11 +10,11 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.functional import scaled_dot_product_attention
 
-from ...attention import kernels
+from ...attention import draft_attention
 from ...attention.block_mask import BlockMask
-from ...attention.call import draft_attention, steps_for
-from ...attention.layout import Tile, token_layout
-from ...config import Budget
+from ...attention.call import Call
+from ...attention.layout import Tile
+from ...attention.method import Budget, Method
 from .measure import Time, measure
 from .shapes import Shape
 
@@ -119,31 +119,24 @@ def _dense_calls(case: Case) -> dict[str, Callable[[], Tensor]]:
 
 
 def _stages(case: Case, sparsity: float, budget: Budget, tile: Tile) -> dict[str, Any]:
-    """Runs the operator once, stage by stage, and keeps what the checks and the timings need."""
+    """Run the operator once, stage by stage, and keep what the checks and the timings need."""
     query, key, value = case.tensors
-    shape = case.shape
-    layout = token_layout(shape.grid, 0, shape.seq_len, tile, query.device)
-    steps = steps_for(query, key, value)
-    choice = kernels.choose("auto", query.device, query.dtype, shape.head_dim, layout.block)
+    geometry = torch.tensor([*case.shape.grid, 0])
+    method = Method(budget=budget, tile=tile)
 
-    def order() -> tuple[Tensor, ...]:
-        (q, q_means), (k, k_means) = steps.order(query, layout), steps.order(key, layout)
-        return q, k, steps.order(value, layout, average=False)[0], q_means, k_means
+    def order() -> Call:
+        return Call.order(query, key, value, geometry, None, method)
 
-    q, k, v, q_means, k_means = order()
-
-    def select() -> BlockMask:
-        return steps.select(q_means, k_means, case.scale, sparsity, budget, layout, None)
-
-    mask = select()
-    out = choice.forward(q, k, v, mask, case.scale)
+    call = order()
+    mask = call.select(sparsity)
+    out = call.attend(mask)
     calls = {
         "order": order,
-        "draft and select": select,
-        f"kernel ({choice.name})": lambda: choice.forward(q, k, v, mask, case.scale),
-        "restore": lambda: steps.restore(out, layout),
+        "draft and select": lambda: call.select(sparsity),
+        f"kernel ({call.kernel.name})": lambda: call.attend(mask),
+        "restore": lambda: call.restore(out),
     }
-    return {"mask": mask, "layout": layout, "calls": calls}
+    return {"mask": mask, "layout": call.layout, "calls": calls}
 
 
 Expected = list[tuple[tuple[Any, ...], Tensor]]

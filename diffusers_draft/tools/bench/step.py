@@ -9,7 +9,6 @@ import gc
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from typing import Any
-from unittest import mock
 
 import torch
 from torch import Tensor, nn
@@ -17,10 +16,11 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.functional import scaled_dot_product_attention
 
 from ...api import enable_draft_attention
-from ...attention.ranks.exchange import Exchange
-from ...config import Budget, DraftConfig
+from ...attention.method import Budget
+from ...config import DraftConfig
 from ...families import family_of
-from ...patching.dispatch import attending
+from ...patching.dispatch import exchange_of
+from ...patching.forward import AttentionCall, Hook
 from .measure import Time, measure
 from .models import MODELS, Model
 from .shapes import SHAPES
@@ -124,7 +124,7 @@ def run(
         split(transformer)
     yield step("diffusers default")
     for kernel in ("no", *_dense_kernels(device)):
-        with attending(_through(kernel)), enable_draft_attention(transformer, **options):
+        with enable_draft_attention(transformer, **options) as handle, handle._watched(_through(kernel)):
             yield step(NO_ATTENTION if kernel == "no" else f"dense {kernel}")
     measured, output = draft(f"draft {sparsity:g}")
     if expected is not None:
@@ -142,18 +142,14 @@ def _check_same(output: Tensor, expected: Tensor) -> None:
 
 def _exchange_ms(transformer: Any, inputs: dict[str, Tensor], seconds: float) -> float:
     """Milliseconds of one layer's exchanges, to heads and back, if all heads travel at once and nothing attends."""
-    calls = []
-
-    def watched(exchange: Exchange, *tensors: Tensor) -> list[Tensor]:
-        calls.append((exchange, tensors))
-        return to_heads(exchange, *tensors)
-
-    to_heads = Exchange.to_heads
-    with torch.inference_mode():
-        with mock.patch.object(Exchange, "to_heads", watched), torch.compiler.set_stance("force_eager"):
-            transformer(**inputs, return_dict=False)
-        exchange, tensors = calls[0]
-        return measure(lambda: exchange.to_tokens(exchange.to_heads(*tensors)[0]), seconds).median
+    seen: list[AttentionCall] = []
+    handle = enable_draft_attention(transformer, dense_layers=())
+    with handle, handle._watched(seen.append), torch.inference_mode(), torch.compiler.set_stance("force_eager"):
+        transformer(**inputs, return_dict=False)
+        exchange = exchange_of(handle._attachments["transformer"].forward, transformer._parallel_config)
+        assert exchange is not None, "the transformer is split"
+        query, key, value = (exchange.to_tokens(tensor) for tensor in seen[0][:3])
+        return measure(lambda: exchange.to_tokens(exchange.to_heads(query, key, value)[0]), seconds).median
 
 
 def _step(
@@ -233,11 +229,11 @@ def _(query, key, value, kernel):
     return query.new_empty(query.shape)
 
 
-def _through(kernel: str) -> Callable[..., tuple[Tensor, None]]:
-    """A stand-in for `attend`: a dense kernel, or none, without a mask, as no text of these inputs is padding."""
+def _through(kernel: str) -> Hook:
+    """Attend with a dense kernel, or not at all, without a mask, as no text of these inputs is padding."""
 
-    def attend(query: Tensor, key: Tensor, value: Tensor, *_: Any) -> tuple[Tensor, None]:
-        return _dense(query, key, value, kernel), None
+    def attend(call: AttentionCall) -> Tensor:
+        return _dense(call.query, call.key, call.value, kernel)
 
     return attend
 

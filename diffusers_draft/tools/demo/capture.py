@@ -1,28 +1,33 @@
-"""Looks into one attention layer: the queries and keys of its last call."""
+"""Looks into one attention layer: queries, keys and values of its last call."""
 
-import importlib
+import math
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
 
 from torch import Tensor, nn
 
+from ...api import enable_draft_attention
+from ...patching.forward import AttentionCall
+from ...patching.processors import attention_module
+
 
 @dataclass
-class QueryKey:
-    """Queries and keys of one attention call, `(B, S, H, D)` in the model's token order, rotary embedding applied."""
+class Captured:
+    """Tensors of one attention call, `(B, S, H, D)` in the model's token order, rotary embedding applied."""
 
     query: Tensor | None = None
     key: Tensor | None = None
+    value: Tensor | None = None
 
 
 @contextmanager
-def captured(layer: nn.Module) -> Iterator[QueryKey]:
-    """Keeps the queries and keys of the layer's last call, which runs as if nobody looked.
+def captured(transformer: nn.Module, layer: str) -> Iterator[Captured]:
+    """Keep queries, keys and values of a layer's last call, which runs as if nobody looked.
 
     Args:
-        layer: an attention layer with diffusers' own processor, for example `transformer.blocks[1].attn1`.
+        transformer: one that draft attention knows.
+        layer: path of a video self-attention layer with diffusers' own processor, for example `"blocks.1.attn1"`.
 
     Yields:
         What is filled by every call of the layer.
@@ -30,27 +35,15 @@ def captured(layer: nn.Module) -> Iterator[QueryKey]:
     Raises:
         ValueError: if the layer has another processor, for example while draft attention is enabled.
     """
-    name = type(layer.processor).__module__
-    if not name.startswith("diffusers."):
-        raise ValueError(f"Need diffusers' own processor, got {type(layer.processor).__name__}. Capture a dense run.")
-    module: Any = importlib.import_module(name)
-    stock = module.dispatch_attention_fn
-    tensors = QueryKey()
+    processor = attention_module(transformer, layer).processor
+    if not type(processor).__module__.startswith("diffusers."):
+        raise ValueError(f"Need diffusers' own processor, got {type(processor).__name__}. Capture a dense run.")
+    tensors = Captured()
 
-    def record(query: Tensor, key: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        tensors.query, tensors.key = query.detach(), key.detach()
-        return stock(query, key, *args, **kwargs)
+    def look(call: AttentionCall) -> None:
+        if call.path == layer:
+            tensors.query, tensors.key, tensors.value = (tensor.detach() for tensor in call[:3])
 
-    # The name is ours only while this layer runs; a hook that returned anything would replace the layer's output.
-    def before(layer: nn.Module, args: tuple[Any, ...]) -> None:
-        module.dispatch_attention_fn = record
-
-    def after(layer: nn.Module, args: tuple[Any, ...], output: Any) -> None:
-        module.dispatch_attention_fn = stock
-
-    hooks = [layer.register_forward_pre_hook(before), layer.register_forward_hook(after, always_call=True)]
-    try:
+    all_dense = enable_draft_attention(transformer, dense_timestep=-math.inf, dense_layers=())
+    with all_dense, all_dense._watched(look):
         yield tensors
-    finally:
-        for hook in hooks:
-            hook.remove()

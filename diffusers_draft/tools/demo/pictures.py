@@ -12,17 +12,16 @@ from matplotlib.figure import Figure, SubFigure
 from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 
-from ...attention.draft import block_means, draft_map
-from ...attention.layout import Grid, token_layout
-from ...attention.select import select
+from ...attention.call import Call
+from ...attention.layout import Grid
 from ...config import DraftConfig
-from .capture import QueryKey
+from .capture import Captured
 
 QUERY_COLOUR = "#ff2d2d"
 
 
 def side_by_side(videos: Sequence[np.ndarray], captions: Sequence[str], *, scale: int = 2) -> list[Image.Image]:
-    """Puts videos next to each other, each under its caption.
+    """Put videos next to each other, each under its caption.
 
     Args:
         videos: `(F, H, W, 3)` uint8, all of one shape.
@@ -47,12 +46,12 @@ def side_by_side(videos: Sequence[np.ndarray], captions: Sequence[str], *, scale
 
 
 def draft_picture(
-    tensors: QueryKey, grid: Grid, video: np.ndarray, config: DraftConfig, *, head: int = 0, block: int | None = None
+    tensors: Captured, grid: Grid, video: np.ndarray, config: DraftConfig, *, head: int = 0, block: int | None = None
 ) -> Image.Image:
-    """Draws what one head keeps: for one query block over the frames around it, and for all in the draft map.
+    """Draw what one head keeps: for one query block over the frames around it, and for all in the draft map.
 
     Args:
-        tensors: queries and keys of one layer, of video tokens alone.
+        tensors: of one layer, of video tokens alone.
         grid: `(T, Y, X)` tokens of the video.
         video: `(F, H, W, 3)` uint8, to draw the blocks on.
         config: sparsity, tile and budget.
@@ -62,18 +61,15 @@ def draft_picture(
     Returns:
         An RGB image.
     """
-    assert tensors.query is not None and tensors.key is not None, "the layer has not run yet"
-    seq_len, head_dim = tensors.query.shape[1], tensors.query.shape[3]
-    layout = token_layout(grid, 0, seq_len, config.tile, tensors.query.device)
+    query, key, value = (
+        tensor[:1, :, head : head + 1]
+        for tensor in (tensors.query, tensors.key, tensors.value)
+        if tensor is not None  # the layer has run
+    )
+    call = Call.order(query, key, value, torch.tensor([*grid, 0]), None, config.method)
+    layout, draft = call.layout, call.draft()
     video_blocks = layout.num_video_blocks
-
-    def means(tokens: Tensor) -> Tensor:
-        return block_means(tokens[:1, layout.order, head : head + 1], video_blocks, layout.block)
-
-    draft = draft_map(means(tensors.query), means(tensors.key), head_dim**-0.5)
-    # `select` overwrites the diagonal of the map it is given.
-    mask = select(draft.clone(), config.sparsity, config.budget, seq_len=seq_len, block=layout.block)
-    kept = mask.to_dense()[0, 0].cpu()
+    kept = call.select(config.sparsity).to_dense()[0, 0].cpu()
     labels = (layout.inverse // layout.block).cpu().view(grid)
     if block is None:
         block = int(labels[grid[0] // 2, grid[1] // 2, grid[2] // 2])

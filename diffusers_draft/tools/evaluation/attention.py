@@ -1,7 +1,8 @@
 """Measures draft attention call by call, on the queries, keys and values of a dense run."""
 
+import math
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -10,12 +11,10 @@ from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
 from ...api import enable_draft_attention
-from ...attention import kernels
-from ...attention.steps import plain
-from ...patching.dispatch import attending
+from ...attention.call import Call
+from ...patching.forward import AttentionCall
 from .mass import block_mass
-from .replacement import ordered_call
-from .selection import SELECTIONS, Call, chosen
+from .selection import SELECTIONS
 from .settings import Setting
 
 Measured = dict[str, Any]
@@ -49,12 +48,13 @@ def measure_attention(
     Raises:
         ValueError: if the video has not even a block of tokens.
     """
-    watch = _Watch(pipe, settings, samples, seed)
-    with enable_draft_attention(pipe, 0, dense_steps=0, dense_layers=()) as handle, attending(watch.attend):
+    with enable_draft_attention(pipe, 0, dense_steps=0, dense_layers=()) as handle:
         layers = {report.component: list(report.densities) for report in handle.report().transformers}
-        hooks = watch.hooks(layers)
+        watch = _Watch(pipe, layers, settings, samples, seed)
+        hooks = [pipe.components[name].register_forward_pre_hook(watch.forward_of(name)) for name in layers]
         try:
-            pipe(**arguments, output_type="latent", callback_on_step_end=watch.on_step_end)
+            with handle._watched(watch.attend):
+                pipe(**arguments, output_type="latent", callback_on_step_end=watch.on_step_end)
         finally:
             for hook in hooks:
                 hook.remove()
@@ -62,58 +62,49 @@ def measure_attention(
 
 
 class _Watch:
-    """Knows which call of the run this is, and measures those that are sampled."""
+    """Attends densely in all calls of a run, and measures those that are sampled."""
 
-    def __init__(self, pipe: Any, settings: Sequence[Setting], samples: Samples, seed: int) -> None:
+    def __init__(
+        self, pipe: Any, layers: dict[str, list[str]], settings: Sequence[Setting], samples: Samples, seed: int
+    ) -> None:
         self.pipe = pipe
+        self.layers = {
+            name: [paths[index] for index in spread(samples.layers, len(paths))] for name, paths in layers.items()
+        }
         self.settings = settings
         self.samples = samples
         self.generator = torch.Generator().manual_seed(seed)
         self.measured: dict[Setting, list[Measured]] = {setting: [] for setting in settings}
         self.step = 0
         self.forwards: defaultdict[int, int] = defaultdict(int)
-        self.place: tuple[str, str] | None = None
+        self.component = ""
 
-    def hooks(self, layers: dict[str, list[str]]) -> list[Any]:
-        """Hooks that tell which sampled layer of which component runs."""
-        made = []
-        for component, paths in layers.items():
-            transformer = self.pipe.components[component]
-            made.append(transformer.register_forward_pre_hook(self._on_forward))
-            for index in spread(self.samples.layers, len(paths)):
-                module = transformer.get_submodule(paths[index])
-                place = (component, paths[index])
-                made.append(module.register_forward_pre_hook(lambda *_, place=place: self._enter(place)))
-                made.append(module.register_forward_hook(lambda *_: self._enter(None)))
-        return made
+    def forward_of(self, component: str) -> Callable[..., None]:
+        """Make a forward pre-hook that notes which component runs."""
+
+        def note(*_: Any) -> None:
+            self.component = component
+            self.forwards[self.step] += 1
+
+        return note
 
     def on_step_end(self, pipe: Any, step: int, timestep: Tensor, tensors: dict[str, Any]) -> dict[str, Any]:
         self.step = step + 1
         return {}
 
-    def attend(
-        self, query: Tensor, key: Tensor, value: Tensor, geometry: Tensor, kv_len: Tensor | None, config: Any,
-        scale: float | None,
-    ) -> tuple[Tensor, Tensor]:  # fmt: skip
-        out = _dense(query, key, value, kv_len, scale)
-        first = self.forwards[self.step] == 1
-        if self.place and first and self.step in spread(self.samples.steps, self.pipe.num_timesteps):
-            heads = spread(self.samples.heads, query.shape[2])
-            q, k, v, dense = (tensor[:, :, heads] for tensor in (query, key, value, out))
-            component, layer = self.place
-            where = {"component": component, "layer": layer, "step": self.step}
+    def attend(self, call: AttentionCall) -> Tensor:
+        out = _dense(call)
+        sampled = call.path in self.layers[self.component] and self.forwards[self.step] == 1
+        if sampled and self.step in spread(self.samples.steps, self.pipe.num_timesteps):
+            heads = spread(self.samples.heads, call.query.shape[2])
+            q, k, v, dense = (tensor[:, :, heads] for tensor in (*call[:3], out))
+            where = {"component": self.component, "layer": call.path, "step": self.step}
             for setting in self.settings:
-                found = measure_call(q, k, v, dense, geometry, kv_len, scale, setting, self.generator)
+                found = measure_call(q, k, v, dense, call.geometry, call.kv_len, call.scale, setting, self.generator)
                 self.measured[setting] += [
                     where | {"head": head} | row for head, row in zip(heads, found, strict=True)
                 ]
-        return out, query.new_zeros((query.shape[0], query.shape[2], 1), dtype=torch.int32)
-
-    def _on_forward(self, *_: Any) -> None:
-        self.forwards[self.step] += 1
-
-    def _enter(self, place: tuple[str, str] | None) -> None:
-        self.place = place
+        return out
 
 
 def measure_call(
@@ -140,15 +131,14 @@ def measure_call(
         ValueError: if the video has not even a block of tokens.
     """
     config = setting.config
-    call = ordered_call(query, key, geometry, kv_len, config, scale, generator)
-    if not call.layout.num_video_blocks:
-        raise ValueError(f"The video has fewer tokens than a block of {call.layout.block}: nothing is sparse.")
-    mask = chosen(SELECTIONS[setting.selection](call), call, config)
-    kernel = kernels.choose(config.backend, query.device, query.dtype, query.shape[-1], call.layout.block)
-    ordered_value, _ = plain.order(value, call.layout, average=False)
-    out = plain.restore(kernel.forward(call.query, call.key, ordered_value, mask, call.scale), call.layout)
-    mass = block_mass(call.query, call.key, call.layout.num_video_blocks, call.layout.block, call.scale, kv_len)
-    best = chosen(mass[..., : mass.shape[2]], call, config)
+    call = Call.order(query, key, value, geometry, kv_len, config.method, scale)
+    layout = call.layout
+    if not layout.num_video_blocks:
+        raise ValueError(f"The video has fewer tokens than a block of {layout.block}: nothing is sparse.")
+    mask = call.select(config.sparsity, SELECTIONS[setting.selection](call, generator))
+    out = call.restore(call.attend(mask))
+    mass = block_mass(call.query, call.key, layout.num_video_blocks, layout.block, call.scale, kv_len)
+    best = call.select(config.sparsity, mass[..., : mass.shape[2]])
     columns = (_error(out, dense, call), _kept(mass, mask), _kept(mass, best))
     return [{"error": error, "kept": kept, "oracle": most} for error, kept, most in zip(*columns, strict=True)]
 
@@ -159,21 +149,21 @@ def spread(count: int, total: int) -> list[int]:
     return [int((index + 0.5) * total / count) for index in range(count)]
 
 
-def _dense(query: Tensor, key: Tensor, value: Tensor, kv_len: Tensor | None, scale: float | None) -> Tensor:
-    """Dense attention of `(B, S, H, D)` tensors to the valid keys of each sample."""
-    lengths = [key.shape[1]] * len(key) if kv_len is None else kv_len.tolist()
+def _dense(call: AttentionCall) -> Tensor:
+    """Attend densely to the valid keys of each sample: `(B, S, H, D)`."""
+    lengths = [call.key.shape[1]] * len(call.key) if call.kv_len is None else call.kv_len.tolist()
     samples = []
     for sample, length in enumerate(lengths):
-        q, k, v = query[sample], key[sample, :length], value[sample, :length]
+        q, k, v = call.query[sample], call.key[sample, :length], call.value[sample, :length]
         q, k, v = (tensor.transpose(0, 1)[None] for tensor in (q, k, v))
-        out = scaled_dot_product_attention(q, k, v, scale=scale)
+        out = scaled_dot_product_attention(q, k, v, scale=call.scale)
         samples.append(out.transpose(1, 2))
     return torch.cat(samples)
 
 
 def _error(out: Tensor, dense: Tensor, call: Call) -> list[float]:
-    frames, rows, columns = call.grid
-    video = slice(call.prefix, call.prefix + frames * rows * columns)
+    start = call.layout.prefix
+    video = slice(start, start + math.prod(call.layout.grid))
     difference = (out - dense).float()[:, video].square().sum((1, 3)).sqrt()
     return (difference / dense.float()[:, video].square().sum((1, 3)).sqrt()).mean(0).tolist()
 

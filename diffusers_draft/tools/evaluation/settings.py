@@ -6,7 +6,8 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from typing import Any
 
-from ...config import DraftConfig, format_tile, parse_tile
+from ...attention.method import format_tile, parse_tile
+from ...config import DraftConfig
 from .selection import SELECTIONS
 
 ALWAYS_NAMED = ("sparsity", "budget", "tile")

@@ -12,13 +12,12 @@ from torchmetrics import MetricCollection
 from tqdm import tqdm
 
 from ...api import DraftHandle, enable_draft_attention
-from ...patching.dispatch import attending
 from ...patching.report import DraftReport
 from ..generation.run import Clip, run
 from ..generation.video import write_video
 from .attention import Samples, measure_attention
 from .metrics import fidelity, flicker
-from .replacement import attend_with
+from .selection import selecting
 from .settings import Setting
 from .store import Json, Store
 
@@ -118,7 +117,7 @@ class Study:
     def _make(self, prompt: str, seed: int, setting: Setting | None, handle: DraftHandle | None, warm: bool) -> None:
         """Generates one clip, compares it and stores what came of it."""
         before = handle.report() if handle else None
-        with _selecting(setting, seed):
+        with _selecting(handle, setting, seed):
             clip = run(self._pipe, self.inputs(self._pipe, prompt, seed))
         record: Json = {"prompt": prompt, "seed": seed, "setting": setting.name if setting else "dense", "warm": warm}
         record |= {"seconds": clip.denoising_seconds, "flicker": flicker(clip.frames)}
@@ -146,10 +145,12 @@ def enabled(pipe: Any, setting: Setting | None) -> Iterator[DraftHandle | None]:
         yield handle
 
 
-def _selecting(setting: Setting | None, seed: int) -> contextlib.AbstractContextManager[None]:
-    if setting is None or setting.selection == "draft":
+def _selecting(
+    handle: DraftHandle | None, setting: Setting | None, seed: int
+) -> contextlib.AbstractContextManager[None]:
+    if handle is None or setting is None or setting.selection == "draft":
         return contextlib.nullcontext()
-    return attending(attend_with(setting.selection, seed))
+    return handle._watched(selecting(setting.selection, seed))
 
 
 def _work(before: DraftReport, after: DraftReport) -> Json:

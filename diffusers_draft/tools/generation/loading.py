@@ -13,7 +13,8 @@ import torch
 from diffusers import DiffusionPipeline
 from torch import nn
 
-from ...families import families, family_of
+from ...families import family_of
+from ..catalogue import CATALOGUE
 
 Offload = Literal["none", "model", "sequential"]
 
@@ -50,7 +51,7 @@ def device() -> torch.device:
 
 def supported_pipelines() -> list[str]:
     """Names of the pipelines that make a video from a text or an image alone and whose transformer is known."""
-    names = [name for family in families().values() for name in family.pipelines if hasattr(diffusers, name)]
+    names = [name for row in CATALOGUE.values() for name in row.pipelines if hasattr(diffusers, name)]
     return [name for name in names if "num_frames" in call_parameters(getattr(diffusers, name))]
 
 

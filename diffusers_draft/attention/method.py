@@ -1,0 +1,130 @@
+"""How attention calls are made sparse: everything that does not change from step to step."""
+
+import dataclasses
+import functools
+import math
+import operator
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from numbers import Integral
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+from .kernels import check_name
+from .layout import Tile
+from .select import BUDGETS
+
+Budget = Literal["head", "row"]
+
+TEXT_LENGTH = 128
+"""Bytes of a method's text as a tensor. One length for all: compiled code is tied to a shape."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Method:
+    """Settings of the method.
+
+    Attributes:
+        budget: `"row"` keeps the same number of key blocks for every query block; `"head"` the best pairs of each
+            head's whole map (the paper).
+        tile: `(h, w)` tokens of one frame (the paper), or `(t, h, w)` tokens of several; blocks are patches of about
+            this shape. The product must be a multiple of 16.
+        backend: `"auto"` or a name from `diffusers_draft.attention.kernels.BACKENDS`.
+
+    Raises:
+        ValueError: if an option is out of range; the message says what was expected and what came.
+    """
+
+    budget: Budget = "row"
+    tile: Tile = (2, 8, 8)
+    backend: str = "auto"
+
+    def __post_init__(self) -> None:
+        if self.budget not in BUDGETS:
+            raise ValueError(f"Unknown budget {self.budget!r}. Expected one of {', '.join(map(repr, BUDGETS))}.")
+        if not (are_counts(self.tile, 2) or are_counts(self.tile, 3)) or math.prod(self.tile) % 16:
+            raise ValueError(
+                "tile must be (height, width) or (frames, height, width), their product a multiple of 16 tokens, got "
+                f"{self.tile!r}. The paper uses (8, 16)."
+            )
+        check_name(self.backend)
+        object.__setattr__(self, "tile", tuple(map(operator.index, self.tile)))
+
+    @property
+    def block(self) -> int:
+        """Tokens of a block."""
+        return math.prod(self.tile)
+
+    def to_text(self) -> str:
+        """Write the settings as one line that `from_text` reads."""
+        values = {field.name: getattr(self, field.name) for field in dataclasses.fields(Method)}
+        return " ".join(f"{name}={_write(value)}" for name, value in values.items())
+
+    @classmethod
+    def from_text(cls, text: str) -> "Method":
+        """Read what `to_text` wrote."""
+        items = (item.partition("=") for item in text.split())
+        values: dict[str, Any] = {name: _READERS.get(name, str)(value) for name, _, value in items}
+        return cls(**values)
+
+    def to_tensor(self) -> Tensor:
+        """Write the text as `(TEXT_LENGTH,)` uint8 on the CPU, for operators that must take any method."""
+        return torch.tensor([ord(letter) for letter in self.to_text().ljust(TEXT_LENGTH)], dtype=torch.uint8)
+
+    @classmethod
+    def from_tensor(cls, text: Tensor) -> "Method":
+        """Read what `to_tensor` wrote."""
+        return _from_bytes(bytes(text.tolist()))
+
+
+@functools.lru_cache(maxsize=64)
+def _from_bytes(text: bytes) -> Method:
+    return Method.from_text(text.decode())
+
+
+def _write(value: Any) -> str:
+    return format_tile(value) if isinstance(value, tuple) else str(value)
+
+
+def parse_tile(text: str) -> Tile:
+    """Read a tile such as `"2x8x8"`.
+
+    Raises:
+        ValueError: if that is not what the text is.
+    """
+    sizes = text.split("x")
+    if not all(size.isdecimal() for size in sizes):
+        raise ValueError(f"A tile is numbers of tokens joined by x, as in 2x8x8, got {text!r}.")
+    return tuple(map(int, sizes))
+
+
+_READERS: dict[str, Callable[[str], Any]] = {"tile": parse_tile}
+
+
+def format_tile(tile: Tile) -> str:
+    """Write a tile as `parse_tile` reads it."""
+    return "x".join(map(str, tile))
+
+
+def check_sparsity(sparsity: float) -> None:
+    """Raise ValueError unless the sparsity is in [0, 1)."""
+    if not 0 <= sparsity < 1:
+        raise ValueError(f"sparsity must be in [0, 1), got {sparsity!r}. Use 0.9 to skip 90 % of the pairs.")
+
+
+def check_grid(grid: tuple[int, int, int], prefix: int) -> None:
+    """Raise ValueError for a grid that is not three positive counts, or a negative prefix."""
+    if not are_counts(grid, 3):
+        raise ValueError(f"grid must be (T, Y, X): positive numbers of frames, rows and columns, got {grid!r}.")
+    if prefix < 0:
+        raise ValueError(f"prefix is the position of the first video token and must not be negative, got {prefix!r}.")
+
+
+def are_counts(values: tuple[int, ...], length: int) -> bool:
+    """Return True for so many positive whole numbers."""
+    # `int` comes first: under torch.compile a size is one, and nothing here may make it a constant.
+    if not isinstance(values, Sequence) or len(values) != length:
+        return False
+    return all(isinstance(value, (int, Integral)) and value > 0 for value in values)

@@ -1,0 +1,107 @@
+"""Draft attention as one operator, which compiled code calls without being tied to a number or a setting."""
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from . import kernels
+from .block_mask import BlockMask
+from .call import Call
+from .method import Method
+
+
+class Attended(NamedTuple):
+    """What an attention call gives.
+
+    Attributes:
+        out: `(B, S, H, D)`, contiguous, in the model's order.
+        pairs: `(B,)` int64 on the device, computed pairs of blocks in all heads of each sample.
+        facts: `(4,)` int64 on the CPU: heads, blocks in all, video blocks, and the number of the kernel that ran,
+            see `kernels.choice_of`.
+    """
+
+    out: Tensor
+    pairs: Tensor
+    facts: Tensor
+
+
+def attend(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    geometry: Tensor,
+    kv_len: Tensor | None,
+    numbers: Tensor,
+    method: Tensor,
+    scale: float | None = None,
+) -> Attended:
+    """Run draft attention, eager or under `torch.compile`: nothing in the graph depends on what the numbers are.
+
+    Args:
+        query: `(B, S, H, D)`.
+        key: as `query`.
+        value: as `query`.
+        geometry: `(4,)` int64 on the CPU: T, Y, X and the prefix.
+        kv_len: `(B,)` leading valid keys or None.
+        numbers: `(1,)` float64 on the CPU, what may differ from step to step: the sparsity.
+        method: from `Method.to_tensor`.
+        scale: factor on the scores, `D ** -0.5` by default.
+
+    Raises:
+        ValueError: for tensors whose shapes do not fit each other or the grid.
+        ImportError: if the package of the backend is missing.
+        RuntimeError: if the backend cannot run on these tensors, or has no backward and they need one.
+    """
+    query, key, value = in_autocast_dtype(query, key, value)
+    # Only compiled graphs need the opaque operator. Eager calls stay transparent to autograd.
+    run = _attend_op if torch.compiler.is_compiling() else attend_now
+    return Attended(*run(query, key, value, geometry, kv_len, numbers, method, scale))
+
+
+def attend_now(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    geometry: Tensor,
+    kv_len: Tensor | None,
+    numbers: Tensor,
+    method: Tensor,
+    scale: float | None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Run all steps of `Call`; arguments and results are those of `attend`."""
+    with torch.autocast(query.device.type, enabled=False):
+        call = Call.order(query, key, value, geometry, kv_len, Method.from_tensor(method), scale)
+        (sparsity,) = numbers.tolist()
+        mask = call.select(sparsity)
+        return attended(call, mask)
+
+
+def attended(call: Call, mask: BlockMask) -> Attended:
+    """Run the steps behind the choice of blocks."""
+    out = call.restore(call.attend(mask))
+    heads, blocks = mask.kv_num_blocks.shape[1:]
+    facts = torch.tensor([heads, blocks, mask.num_video_blocks, kernels.number_of(call.kernel)])
+    return Attended(out, mask.kv_num_blocks.sum((1, 2)), facts)
+
+
+def in_autocast_dtype(*tensors: Tensor) -> tuple[Tensor, ...]:
+    """Cast as autocast casts what goes into stock attention."""
+    device = tensors[0].device.type
+    if not torch.is_autocast_enabled(device):
+        return tensors
+    return tuple(tensor.to(torch.get_autocast_dtype(device)) for tensor in tensors)
+
+
+_attend_op = torch.library.custom_op("diffusers_draft::attend", attend_now, mutates_args=())
+
+
+@_attend_op.register_fake
+def _(query, key, value, geometry, kv_len, numbers, method, scale):
+    return query.new_empty(query.shape), *empty_facts(query)
+
+
+def empty_facts(query: Tensor) -> tuple[Tensor, Tensor]:
+    """Make `pairs` and `facts` of `Attended` for the shapes of compiled code."""
+    pairs = query.new_empty(query.shape[0], dtype=torch.int64)
+    return pairs, torch.empty(4, dtype=torch.int64, device="cpu")

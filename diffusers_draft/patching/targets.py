@@ -1,0 +1,91 @@
+"""What in a pipeline draft attention goes into: its transformers, and their layers; refuses the rest."""
+
+from typing import Any
+
+import diffusers
+from torch import nn
+
+from ..config import DraftConfig
+from ..families import families, family_of
+from ..families.family import Family
+from ..families.unsupported import reason_against
+from .processors import processors_of
+from .shadow import can_be_patched, stock_class
+from .splitting import check_layers
+
+
+def known_transformers(pipe: Any) -> dict[str, tuple[nn.Module, Family]]:
+    """Find the known transformers in a pipeline, or the one that was given, by component name.
+
+    Raises:
+        TypeError: if there is none; the message lists those that are known, or says why one cannot be.
+    """
+    components = {"transformer": pipe} if isinstance(pipe, nn.Module) else getattr(pipe, "components", None)
+    if not isinstance(components, dict):
+        raise TypeError(f"Expected a diffusers pipeline or transformer, got {type(pipe).__name__}.")
+    modules = {
+        name: getattr(component, "_orig_mod", component)  # torch.compile(transformer) wraps it
+        for name, component in components.items()
+        if isinstance(component, nn.Module)
+    }
+    found: dict[str, tuple[nn.Module, Family]] = {}
+    for name, module in modules.items():
+        family = family_of(module)
+        if family and all(module is not other for other, _ in found.values()):
+            found[name] = (module, family)
+    if not found:
+        for module in modules.values():
+            if reason := reason_against(module):
+                raise TypeError(f"Draft attention does not apply to {type(module).__name__}: {reason}.")
+        candidates = [type(module).__name__ for name, module in modules.items() if "transformer" in name]
+        raise TypeError(
+            f"Draft attention does not know {', '.join(candidates) or type(pipe).__name__}. "
+            f"It knows {', '.join(families())}."
+        )
+    return found
+
+
+def choose_layers(
+    transformer: nn.Module, family: Family, config: DraftConfig
+) -> tuple[tuple[str, ...], tuple[str, ...]]:
+    """List module paths of the layers to make sparse, and of those that stay dense.
+
+    Raises:
+        ValueError: for a layer that does not exist, or a processor that is not diffusers' own.
+        NotImplementedError: for a split over GPUs that draft attention cannot follow.
+    """
+    paths = layer_paths(transformer, family.layers)
+    if config.dense_layers is None:
+        dense = set(family.dense_layers)
+    else:
+        wrong = [index for index in config.dense_layers if index >= len(paths)]
+        if wrong:
+            raise ValueError(f"dense_layers has {wrong}, but {type(transformer).__name__} has {len(paths)} layers.")
+        dense = {paths[index] for index in config.dense_layers}
+    processors = processors_of(transformer, paths)
+    for path, processor in processors.items():
+        if not _is_stock(processor, family):
+            raise ValueError(
+                f"Layer {path} of {type(transformer).__name__} has the processor {type(processor).__name__}, but "
+                f"draft attention needs diffusers' own {' or '.join(family.processors)}. Undo what replaced it first."
+            )
+        if not can_be_patched(stock_class(processor), family):
+            raise ValueError(
+                f"The code of {type(processor).__name__} in diffusers {diffusers.__version__} ends in no attention "
+                "call that draft attention knows. Use a version of diffusers that it was tested with."
+            )
+    check_layers(transformer, family, processors)
+    return tuple(path for path in paths if path not in dense), tuple(path for path in paths if path in dense)
+
+
+def layer_paths(transformer: nn.Module, patterns: tuple[str, ...]) -> tuple[str, ...]:
+    """Spell patterns out: `"blocks.*.attn1"` -> `"blocks.0.attn1"`, `"blocks.1.attn1"`, ..."""
+    found = []
+    for blocks, layer in (pattern.split(".*.") for pattern in patterns):
+        found += [f"{blocks}.{name}.{layer}" for name, _ in transformer.get_submodule(blocks).named_children()]
+    return tuple(found)
+
+
+def _is_stock(processor: Any, family: Family) -> bool:
+    stock = stock_class(processor)
+    return stock.__module__.startswith("diffusers.") and stock.__name__ in family.processors
