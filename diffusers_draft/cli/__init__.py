@@ -18,7 +18,6 @@ SUBCOMMANDS = {
     "generate": "generate",
     "eval": "evaluate",
     "table": "table",
-    "train": "train",
     "bench": "bench",
     "models": "models",
 }

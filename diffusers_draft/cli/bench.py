@@ -1,4 +1,4 @@
-"""`diffusers-draft bench attention`: times draft attention against the dense attention of this machine."""
+"""`diffusers-draft bench`: times draft attention against the dense attention of this machine."""
 
 import argparse
 import json
@@ -15,7 +15,6 @@ from ..tools.bench.attention import Case, run_dense, run_draft
 from ..tools.bench.measure import environment
 from ..tools.bench.models import MODELS
 from ..tools.bench.shapes import SHAPES, Shape, random_inputs, structured_inputs
-from ..tools.bench.summary import plot_sweep, speed_page, speed_section
 from ..tools.bench.table import format_table, plot
 from . import CommandError
 from .ranks import Ranks, add_ulysses, together
@@ -25,10 +24,6 @@ def add_parser(subparsers) -> None:
     bench = subparsers.add_parser("bench", help="measure speed on this machine")
     what = bench.add_subparsers(dest="what", required=True)
     _add_attention(what.add_parser("attention", help="one attention call: dense baselines, backends, stages"))
-    summary = what.add_parser("summary", help="print the recorded results as README shows them")
-    summary.add_argument("--full", action="store_true", help="every row, as docs/speed.md shows them")
-    summary.add_argument("--plot", type=Path, help="draw the recorded sweep of sparsities to this file")
-    summary.set_defaults(run=run_summary)
     _add_model(what.add_parser("model", help="one denoising step of a real transformer, dense and sparse"))
 
 
@@ -138,9 +133,3 @@ def _run_model(args: argparse.Namespace, ranks: Ranks) -> None:
         record = {"environment": facts, "model": args.model, "options": options, "prediction": prediction}
         record["steps"] = [asdict(step) for step in steps]
         args.json.write_text(json.dumps(record, indent=1) + "\n")
-
-
-def run_summary(args: argparse.Namespace) -> None:
-    print(speed_page() if args.full else speed_section())
-    if args.plot:
-        plot_sweep(args.plot)

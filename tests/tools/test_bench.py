@@ -4,15 +4,16 @@ import json
 from pathlib import Path
 
 import pytest
+import tables
 import torch
+from tables import speed_page, speed_section
 from torch import Tensor
 
 from diffusers_draft.attention import kernels
 from diffusers_draft.cli import main
-from diffusers_draft.tools.bench import models, step, summary
+from diffusers_draft.tools.bench import models, step
 from diffusers_draft.tools.bench.attention import Case, run_dense, run_draft
 from diffusers_draft.tools.bench.shapes import SHAPES, Shape, random_inputs, structured_inputs
-from diffusers_draft.tools.bench.summary import speed_page, speed_section
 from diffusers_draft.tools.bench.table import format_table
 
 TINY = ["bench", "attention", "--grid", "3", "13", "17", "--heads", "2", "--head-dim", "32", "--text", "20"]
@@ -120,12 +121,12 @@ def test_readme_and_the_page_show_the_recorded_results() -> None:
 
 
 def test_several_gpus_have_a_table_of_their_own(monkeypatch: pytest.MonkeyPatch) -> None:
-    record = summary._records()["model-wan-14b-768p-compiled"]
+    record = tables._records()["model-wan-14b-768p-compiled"]
     alone = record["steps"][-1] | {"name": step.ONE_GPU, "step_ms": 5000.0}
     record["steps"] = [alone, *record["steps"][:-1], record["steps"][-1] | {"step_ms": 2500.0}]
     record["options"]["ulysses"] = 2
     record["prediction"] |= {"gpu_speedup": 2.0, "exchange_share": 0.07}
-    monkeypatch.setattr(summary, "_records", lambda: {"model-two": record})
+    monkeypatch.setattr(tables, "_records", lambda: {"model-two": record})
     section, page = speed_section().splitlines(), speed_page()
     name = "wan-14b-768p, compiled, sparsity 0.75, 2 x NVIDIA H200"
     assert section[-1] == f"| {name} | 5000 | 2500, **2.00x** | 7% | 11424 (dense fa4) |"
@@ -135,8 +136,8 @@ def test_several_gpus_have_a_table_of_their_own(monkeypatch: pytest.MonkeyPatch)
     assert f"| {step.ONE_GPU} |" not in page
 
 
-def test_bench_summary_prints_the_page_and_draws_the_sweep(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_script_prints_the_page_and_draws_the_sweep(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     picture = tmp_path / "speed.png"
-    main(["bench", "summary", "--full", "--plot", str(picture)])
+    tables.main(["--full", "--plot", str(picture)])
     assert capsys.readouterr().out == speed_page() + "\n"
     assert picture.read_bytes().startswith(b"\x89PNG")

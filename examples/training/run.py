@@ -8,7 +8,8 @@ from typing import Any
 import torch
 from diffusers.configuration_utils import ConfigMixin
 
-from ..tools.generation.loading import Model, device, from_pretrained, load
+from diffusers_draft.tools.generation.loading import Model, device, from_pretrained, load
+
 from .architecture import untrained_pipeline
 from .autoencoder import autoencoder_phase, measure_latents, reconstruction_psnr
 from .card import write_card
@@ -40,7 +41,7 @@ class Training:
 
 
 def run(training: Training, folder: Path) -> Path:
-    """Trains, or goes on with a training that was stopped in this folder, and saves the pipeline with its card.
+    """Train, or go on with a training that was stopped in this folder, and save the pipeline with its card.
 
     Args:
         training: how.
@@ -73,7 +74,7 @@ def run(training: Training, folder: Path) -> Path:
 
 
 def save_in_bfloat16(pipe: Any, folder: Path) -> None:
-    """Saves a pipeline with weights in bfloat16, but for those that diffusers keeps in float32."""
+    """Save a pipeline with weights in bfloat16, but for those that diffusers keeps in float32."""
     with tempfile.TemporaryDirectory() as exact:
         pipe.save_pretrained(exact)
         rounded = from_pretrained(type(pipe), exact, torch.bfloat16)

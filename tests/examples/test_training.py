@@ -4,6 +4,7 @@ import dataclasses
 import itertools
 import math
 import re
+import subprocess
 import sys
 from pathlib import Path
 from types import SimpleNamespace
@@ -19,15 +20,17 @@ from torch import nn
 import diffusers_draft
 from diffusers_draft.cli import main
 from diffusers_draft.tools.demo.scenes import WORDS, captions, unknown_words
-from diffusers_draft.training import autoencoder, card, flow, loop
-from diffusers_draft.training.architecture import untrained_pipeline, word_tokenizer
-from diffusers_draft.training.autoencoder import autoencoder_phase, encode, measure_latents, reconstruction_psnr
-from diffusers_draft.training.clips import HELD_OUT, clips, noise_generator, scenes
-from diffusers_draft.training.flow import LONGEST, STAGES, USES, WINDOW, embed, flow_phase, tokenized
-from diffusers_draft.training.gradients import Gradients
-from diffusers_draft.training.loop import Phase, train
-from diffusers_draft.training.muon import Muon
+from examples.training import __main__ as command
+from examples.training import autoencoder, card, checkpoint, flow, loop
+from examples.training.architecture import untrained_pipeline, word_tokenizer
+from examples.training.autoencoder import autoencoder_phase, encode, measure_latents, reconstruction_psnr
+from examples.training.clips import HELD_OUT, clips, noise_generator, scenes
+from examples.training.flow import LONGEST, STAGES, USES, WINDOW, embed, flow_phase, tokenized
+from examples.training.loop import Phase, train
 
+pytestmark = pytest.mark.skipif(not hasattr(torch.optim, "Muon"), reason="the example needs torch 2.9")
+
+ROOT = Path(__file__).parents[2]
 CPU = torch.device("cpu")
 JUDGED = (2, (9, 64, 64))
 """Fewer and smaller clips than the real training judges its autoencoder by."""
@@ -117,48 +120,16 @@ def test_errors(tmp_path: Path, seconds: None, monkeypatch: pytest.MonkeyPatch) 
     with pytest.raises(ValueError, match=r"The loss of line is (nan|inf) after \d+ steps"):
         train(line_phase(200, learning_rate=1e30), tmp_path / "diverged")
     train(line_phase(20), tmp_path)
-    monkeypatch.setattr(loop, "__version__", "9.9")
+    monkeypatch.setattr(checkpoint, "__version__", "9.9")
     with pytest.raises(ValueError, match=r"line.pt is from another version of diffusers-draft"):
         train(line_phase(20), tmp_path)
 
 
-def test_gradients_are_those_of_autograd_and_of_the_last_call_alone() -> None:
-    torch.manual_seed(0)
-    layers = nn.Sequential(nn.Linear(3, 4), nn.Tanh(), nn.Linear(4, 1))
-    parameters = list(layers.parameters())
-
-    def loss(x: torch.Tensor) -> torch.Tensor:
-        return layers(x).square().mean()
-
-    gradients = Gradients(loss, parameters)
-    for size in (5, 2, 5):
-        x = torch.randn(size, 3)
-        expected = torch.autograd.grad(loss(x), parameters)
-        found = gradients(x)
-        assert not found.requires_grad and torch.equal(found, loss(x))
-        for parameter, gradient in zip(parameters, expected, strict=True):
-            torch.testing.assert_close(parameter.grad, gradient)
-
-
-@pytest.mark.skipif(not hasattr(torch.optim, "Muon"), reason="torch has it from 2.9 on")
-def test_muon_is_that_of_torch() -> None:
-    shapes = [(6, 6), (4, 9), (6, 6), (9, 4), (4, 9), (1, 1)]
-    torch.manual_seed(0)
-    ours = [nn.Parameter(torch.randn(shape)) for shape in shapes]
-    theirs = [nn.Parameter(matrix.detach().clone()) for matrix in ours]
-    optimizers = (
-        Muon(ours, lr=0.02),
-        torch.optim.Muon(theirs, lr=0.02, weight_decay=0.01, adjust_lr_fn="match_rms_adamw"),
-    )
-    before = [matrix.detach().clone() for matrix in ours]
-    for _ in range(4):
-        for mine, other in zip(ours, theirs, strict=True):
-            mine.grad = other.grad = torch.randn(mine.shape)
-        for optimizer in optimizers:
-            optimizer.step()
-    for mine, other, start in zip(ours, theirs, before, strict=True):
-        way = (other - start).norm()
-        assert (mine - other).norm() < 1e-2 * way
+def test_muon_trains_the_weights_of_the_blocks_linear_layers(pipe: Any) -> None:
+    linear = [module.weight for module in pipe.transformer.blocks.modules() if isinstance(module, nn.Linear)]
+    matrices = flow_phase(pipe, 1, 0, tokens=1).matrices
+    assert len(linear) == 6 * 10 and {id(matrix) for matrix in matrices} == {id(weight) for weight in linear}
+    torch.optim.Muon(matrices)  # refuses other than two dimensions
 
 
 def test_clips_depend_on_seed_and_number_alone() -> None:
@@ -324,9 +295,8 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
         for name, value in {"HEIGHT": 64, "WIDTH": 96, "FRAMES": 5, "STEPS": 2, "SAMPLES": 2}.items():
             patch.setattr(card, name, value)
         sizes = ["--minutes", "0.1", "--tokens", "300", "--pixels", "40000"]
-        command = ["train", "--output", str(folder), *sizes]
-        patch.setattr(sys, "argv", ["diffusers-draft", *command])
-        assert main(command) == 0
+        patch.setattr(sys, "argv", ["examples/training/__main__.py", "--output", str(folder), *sizes])
+        command.main()
     return folder
 
 
@@ -337,6 +307,7 @@ def test_the_command_makes_a_pipeline_and_its_card(trained: Path) -> None:
     text = (folder / "README.md").read_text()
     for expected in (r"\d+ steps in 0\.\d minutes", "seed 0", diffusers_draft.__version__, "--minutes 0.1"):
         assert re.search(expected, text), expected
+    assert f"`python -m examples.training --output {trained} --minutes 0.1 " in text
     assert "{" not in text
     with Image.open(folder / "samples.jpg") as sheet:
         assert sheet.size == (4 * 96, 2 * 64)
@@ -364,10 +335,37 @@ def test_wrong_options_are_one_line(
     arguments: list[str], message: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     with pytest.raises(SystemExit) as stop:
-        main(["train", "--output", str(tmp_path), *arguments])
+        command.main(["--output", str(tmp_path), *arguments])
     assert stop.value.code == 2
     error = capsys.readouterr().err
     assert message in error and error.count("\n") == 1
+
+
+def test_an_older_torch_is_refused_at_once(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.delattr(torch.optim, "Muon")
+    with pytest.raises(SystemExit) as stop:
+        command.main(["--output", str(tmp_path / "new")])
+    error = capsys.readouterr().err
+    assert stop.value.code == 2 and "needs torch 2.9 or newer" in error and error.count("\n") == 1
+    assert not (tmp_path / "new").exists()
+
+
+def test_a_missing_package_is_named_at_once(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(command, "PACKAGES", ("tqdm", "no_such_package"))
+    with pytest.raises(SystemExit) as stop:
+        command.main(["--output", str(tmp_path)])
+    error = capsys.readouterr().err
+    assert stop.value.code == 2 and error == "error: no_such_package is not installed: pip install '.[train]'\n"
+
+
+def test_it_runs_from_a_checkout() -> None:
+    arguments = [sys.executable, "-m", "examples.training", "--help"]
+    printed = subprocess.run(arguments, cwd=ROOT, capture_output=True, text=True, check=True).stdout
+    assert "--minutes MINUTES" in printed
 
 
 def test_interrupting_says_how_to_go_on(
@@ -376,7 +374,7 @@ def test_interrupting_says_how_to_go_on(
     def interrupted(*_: Any) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("diffusers_draft.training.run.train", interrupted)
+    monkeypatch.setattr("examples.training.run.train", interrupted)
     with pytest.raises(SystemExit):
-        main(["train", "--output", str(tmp_path)])
+        command.main(["--output", str(tmp_path)])
     assert f"stopped; the same command goes on from what is in {tmp_path}" in capsys.readouterr().err

@@ -1,20 +1,44 @@
-"""README's speed section, docs/speed.md and their picture, made from the recorded results."""
+"""Print the tables of speed of README, or with `--full` of docs/speed.md, from the records in this folder.
 
+`python docs/results/tables.py [--full] [--plot FILE]`, where FILE gets the picture of README.
+"""
+
+import argparse
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from .attention import Row
-from .measure import Time
-from .step import NO_ATTENTION, NOT_DENSE, ONE_GPU
-from .table import plot
+from diffusers_draft.tools.bench.attention import Row
+from diffusers_draft.tools.bench.measure import Time
+from diffusers_draft.tools.bench.step import NO_ATTENTION, NOT_DENSE, ONE_GPU
+from diffusers_draft.tools.bench.table import plot
 
+RECORDS = Path(__file__).parent / "bench"
 SWEEP = "hunyuan-768p-sweep"
 """The record that `plot_sweep` draws."""
 
 
+def main(argv: Sequence[str] | None = None) -> None:
+    """Print the tables and draw the picture that are asked for.
+
+    Args:
+        argv: the arguments without the script's name; by default those of the process.
+    """
+    parser = argparse.ArgumentParser(description="Prints the recorded results as README shows them.")
+    parser.add_argument("--full", action="store_true", help="every row, as docs/speed.md shows them")
+    parser.add_argument("--plot", type=Path, metavar="FILE", help="draw the recorded sweep of sparsities to this file")
+    options = parser.parse_args(argv)
+    print(speed_page() if options.full else speed_section())
+    if options.plot:
+        plot_sweep(options.plot)
+
+
 def speed_section() -> str:
-    """Markdown: one line for each attention shape and each model, against the best dense attention of the same run."""
+    """Return one line for each attention shape and each model, against the best dense attention of the same run.
+
+    In Markdown: what README holds.
+    """
     records = _records()
     lines = [
         "| One attention call | tokens | sparsity | best dense, ms | head budget, ms | row budget, ms |",
@@ -36,7 +60,7 @@ def speed_section() -> str:
 
 
 def speed_page() -> str:
-    """Markdown of every row of every record: what `docs/speed.md` holds."""
+    """Return every row of every record in Markdown: what `docs/speed.md` holds."""
     records = _records().values()
     attention = [_attention(record) for record in records if "rows" in record]
     models = [_model(record) for record in records if "prediction" in record]
@@ -44,15 +68,14 @@ def speed_page() -> str:
 
 
 def plot_sweep(path: Path) -> None:
-    """Draws the sweep over sparsities."""
+    """Draw the time of one attention call against sparsity, as the record `SWEEP` has it."""
     record = _records()[SWEEP]
     rows = [Row(**{**row, "time": row["time"] and Time(**row["time"])}) for row in record["rows"]]
     plot(rows, path, f"{SWEEP.removesuffix('-sweep')}, {record['environment']['device']}, {_dtype(record)}")
 
 
 def _records() -> dict[str, dict[str, Any]]:
-    paths = sorted((Path(__file__).parents[3] / "docs" / "results" / "bench").iterdir(), key=lambda path: path.name)
-    return {path.name[: -len(".json")]: json.loads(path.read_text()) for path in paths if path.name.endswith(".json")}
+    return {path.stem: json.loads(path.read_text()) for path in sorted(RECORDS.glob("*.json"))}
 
 
 def _dtype(record: dict[str, Any]) -> str:
@@ -69,7 +92,7 @@ def _best_dense(record: dict[str, Any]) -> dict[str, Any]:
 
 
 def _shape(record: dict[str, Any]) -> list[str]:
-    """The best dense time, and the best backend's for each budget, with the ratio."""
+    """Return a row for each sparsity: the best dense time, and the best backend's for each budget, with the ratio."""
     dense = _best_dense(record)
     shape = record["shape"]
     tokens = shape["grid"][0] * shape["grid"][1] * shape["grid"][2] + shape["text"]
@@ -88,7 +111,7 @@ def _shape(record: dict[str, Any]) -> list[str]:
 
 
 def _gpus(record: dict[str, Any]) -> int:
-    """Over how many GPUs a step was split; 0 for one."""
+    """Return over how many GPUs a step was split; 0 for one."""
     return record.get("options", {}).get("ulysses", 0)
 
 
@@ -202,3 +225,7 @@ def _source(record: dict[str, Any]) -> str:
     packages = ("torch", "triton", "flash-attn-4", "block-sparse-attn", "diffusers")
     versions = ", ".join(f"{name} {facts[name]}" for name in packages if name in facts)
     return f"{facts['device']}, {versions}, {facts['date']}: `{facts['command']}`"
+
+
+if __name__ == "__main__":
+    main()

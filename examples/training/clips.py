@@ -4,22 +4,22 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ..tools.demo.drawing import draw
-from ..tools.demo.scenes import Scenes, captions, sample_scenes
+from diffusers_draft.tools.demo.drawing import draw
+from diffusers_draft.tools.demo.scenes import Scenes, captions, sample_scenes
 
 HELD_OUT = 1 << 31
 """Numbers from here on are not trained on."""
 
 
 def scenes(batch: int, height: int, width: int, seed: int, number: int) -> Scenes:
-    """The scenes of one batch, on the CPU."""
+    """Sample the scenes of one batch, on the CPU."""
     return sample_scenes(batch, height, width, _generator(torch.device("cpu"), seed, number, 0))
 
 
 def clips(
     device: torch.device, batch: int, size: tuple[int, int, int], seed: int, number: int
 ) -> tuple[Tensor, list[str]]:
-    """Draws one batch.
+    """Draw one batch.
 
     Args:
         device: to draw on.
@@ -38,7 +38,7 @@ def clips(
 
 
 def noise_generator(device: torch.device, seed: int, number: int) -> torch.Generator:
-    """Of the noise of one batch: on the device, and independent of the scenes."""
+    """Return the generator of one batch's noise: on the device, and independent of the scenes."""
     return _generator(device, seed, number, 1)
 
 

@@ -1,22 +1,17 @@
 """A training phase that lasts so many minutes, can be stopped at any time and goes on where it was."""
 
-import io
 import itertools
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
 from diffusers.training_utils import EMAModel
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from .. import __version__
-from ..tools.generation.files import whole_or_not
-from .gradients import Gradients
-from .muon import Muon
+from .checkpoint import Checkpoint, Progress
 
 WARM_UP = 300
 """Steps in which the learning rate rises."""
@@ -35,9 +30,9 @@ class Phase:
         minutes: how long it lasts, over all times that it is resumed.
         modules: what is trained, by name.
         learning_rate: the highest.
-        matrices: those of the parameters that Muon trains; AdamW trains the others.
         batch: makes the tensors of a step, from the step's number and the share of the time that has passed.
-        loss: of those tensors; see `Gradients`.
+        loss: of those tensors.
+        matrices: those of the parameters that Muon trains, all of two dimensions; AdamW trains the others.
     """
 
     name: str
@@ -49,23 +44,8 @@ class Phase:
     matrices: Sequence[nn.Parameter] = ()
 
 
-@dataclass
-class Progress:
-    """How far a phase is.
-
-    Attributes:
-        steps: made.
-        seconds: that they took.
-        losses: `(step, mean loss since the entry before)` of the loss curve.
-    """
-
-    steps: int = 0
-    seconds: float = 0.0
-    losses: list[tuple[int, float]] = field(default_factory=list)
-
-
 def train(phase: Phase, folder: Path, save_every: float = 15.0) -> Progress:
-    """Trains until the phase's time is over; its modules then hold the moving average of their weights.
+    """Train until the phase's time is over; its modules then hold the moving average of their weights.
 
     Args:
         phase: what to train.
@@ -80,9 +60,8 @@ def train(phase: Phase, folder: Path, save_every: float = 15.0) -> Progress:
     optimizers = _optimizers(parameters, phase.matrices)
     average = EMAModel(parameters, decay=0.999, use_ema_warmup=True, inv_gamma=10.0, power=0.75, foreach=True)
     progress = Progress()
-    checkpoint = _Checkpoint(folder / f"{phase.name}.pt", phase, optimizers, average, progress)
+    checkpoint = Checkpoint(folder / f"{phase.name}.pt", phase.modules, optimizers, average, progress)
     checkpoint.load(parameters[0].device)
-    gradients = Gradients(phase.loss, parameters)
     with tqdm(total=round(60 * phase.minutes), initial=round(progress.seconds), unit="s", desc=phase.name) as bar:
         recent: list[Tensor] = []
         last = saved = time.perf_counter()
@@ -90,13 +69,15 @@ def train(phase: Phase, folder: Path, save_every: float = 15.0) -> Progress:
             rate = min(1.0, (progress.steps + 1) / WARM_UP, (1 - share) / COOL_DOWN)
             for group in itertools.chain.from_iterable(optimizer.param_groups for optimizer in optimizers):
                 group["lr"] = phase.learning_rate * rate
-            loss = gradients(*phase.batch(progress.steps, share))
+            loss = phase.loss(*phase.batch(progress.steps, share))
+            loss.backward()
             nn.utils.clip_grad_norm_(parameters, 1.0)
             for optimizer in optimizers:
                 optimizer.step()
+                optimizer.zero_grad()
             average.step(parameters)
             progress.steps += 1
-            recent.append(loss)
+            recent.append(loss.detach())
             now = time.perf_counter()
             progress.seconds += now - last
             last = now
@@ -114,14 +95,13 @@ def train(phase: Phase, folder: Path, save_every: float = 15.0) -> Progress:
 
 
 def _optimizers(parameters: Sequence[nn.Parameter], matrices: Sequence[nn.Parameter]) -> list[torch.optim.Optimizer]:
-    ours = {id(matrix) for matrix in matrices}
-    others = [parameter for parameter in parameters if id(parameter) not in ours]
-    optimizers: list[torch.optim.Optimizer] = [
-        torch.optim.AdamW(others, betas=(0.9, 0.95), weight_decay=0.01, fused=True)
-    ]
-    if matrices:
-        optimizers.append(Muon(matrices))
-    return optimizers
+    for_muon = {id(matrix) for matrix in matrices}
+    others = [parameter for parameter in parameters if id(parameter) not in for_muon]
+    adamw = torch.optim.AdamW(others, betas=(0.9, 0.95), weight_decay=0.01, fused=True)
+    if not matrices:
+        return [adamw]
+    # Updates as large as AdamW's, so that one learning rate and one decay fit both.
+    return [adamw, torch.optim.Muon(matrices, weight_decay=0.01, adjust_lr_fn="match_rms_adamw")]
 
 
 def _mean(losses: list[Tensor], name: str, steps: int) -> float:
@@ -129,41 +109,3 @@ def _mean(losses: list[Tensor], name: str, steps: int) -> float:
     if not mean < float("inf"):
         raise ValueError(f"The loss of {name} is {mean} after {steps} steps. Try a lower learning rate.")
     return mean
-
-
-@dataclass
-class _Checkpoint:
-    """All that a phase needs to go on, in one file."""
-
-    path: Path
-    phase: Phase
-    optimizers: Sequence[torch.optim.Optimizer]
-    average: EMAModel
-    progress: Progress
-
-    def save(self) -> None:
-        self.path.parent.mkdir(parents=True, exist_ok=True)
-        content = io.BytesIO()  # a full disk is an OSError only for Python's own files
-        torch.save({"version": __version__, "progress": vars(self.progress), **self._states()}, content)
-        whole_or_not(self.path, lambda file: file.write(content.getbuffer()))
-
-    def load(self, device: torch.device) -> None:
-        if not self.path.exists():
-            return
-        content = torch.load(self.path, map_location=device, weights_only=True)
-        if content.pop("version") != __version__:
-            raise ValueError(
-                f"{self.path} is from another version of diffusers-draft. Remove it, or use that version."
-            )
-        vars(self.progress).update(content.pop("progress"))
-        for name, module in self.phase.modules.items():
-            module.load_state_dict(content[name])
-        for optimizer, state in zip(self.optimizers, content["optimizers"], strict=True):
-            optimizer.load_state_dict(state)
-        self.average.load_state_dict(content["average"])
-        self.average.to(device)
-
-    def _states(self) -> dict[str, Any]:
-        modules = {name: module.state_dict() for name, module in self.phase.modules.items()}
-        optimizers = [optimizer.state_dict() for optimizer in self.optimizers]
-        return modules | {"optimizers": optimizers, "average": self.average.state_dict()}

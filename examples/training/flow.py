@@ -1,4 +1,4 @@
-"""Trains the transformer and the text encoder by flow matching, on pictures and then on clips that grow."""
+"""Training of the transformer and the text encoder by flow matching, on pictures and then on clips that grow."""
 
 import functools
 import math
@@ -9,12 +9,13 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from ..attention.layout import Grid
 from .architecture import FLOW_SHIFT
 from .autoencoder import encode
 from .clips import clips, noise_generator
 from .loop import Phase
 
+Grid = tuple[int, int, int]
+"""`(T, Y, X)` in tokens."""
 WITHOUT_CAPTION = 0.1
 """Share of the clips that are learned without a caption, for classifier-free guidance."""
 USES = 8
@@ -29,7 +30,7 @@ class Stage:
 
     Attributes:
         until: the share of the time that has passed when it ends.
-        grids: `(T, Y, X)` tokens of the clips, in turn; rows and columns differ between them so that blocks of draft
+        grids: of the clips, in turn; rows and columns differ between them so that blocks of draft
             attention meet ragged edges too; they are even, as `WanPipeline` wants them.
         text: tokens that captions are padded to with zeros, at most the pipeline's 512; none of the model's own sizes,
             which `torch.compile` would take for the same thing; for the same reason the first grid is no square.
@@ -54,7 +55,7 @@ LONGEST = 48
 
 
 def flow_phase(pipe: Any, minutes: float, seed: int, tokens: int) -> Phase:
-    """The transformer learns the way from noise to the latents of captioned clips.
+    """Make the phase in which the transformer learns the way from noise to the latents of captioned clips.
 
     As in diffusers' flow-matching schedulers, `x_t = (1 - sigma) x + sigma noise` and the model predicts
     `noise - x`; sigma has the density that the scheduler's steps have.
@@ -94,18 +95,19 @@ def flow_phase(pipe: Any, minutes: float, seed: int, tokens: int) -> Phase:
         return functional.mse_loss(flow.float(), expected)
 
     modules = {"transformer": transformer, "text_encoder": pipe.text_encoder}
+    # Muon is for the weights of the blocks' linear layers: no biases, norms or modulations, nothing at either end.
     matrices = [parameter for parameter in pipe.transformer.blocks.parameters() if parameter.dim() == 2]
     return Phase("flow", minutes, modules, 2e-3, batch, loss, matrices)
 
 
 def tokenized(pipe: Any, texts: list[str]) -> tuple[Tensor, Tensor]:
-    """Token numbers and their mask, `(B, LONGEST)` each, on the pipeline's device."""
+    """Return token numbers and their mask, `(B, LONGEST)` each, on the pipeline's device."""
     tokens = pipe.tokenizer(texts, padding="max_length", max_length=LONGEST, return_tensors="pt")
     return tokens.input_ids.to(pipe.device), tokens.attention_mask.to(pipe.device)
 
 
 def embed(pipe: Any, ids: Tensor, mask: Tensor) -> Tensor:
-    """`(B, length, D)` as `WanPipeline` makes it from `tokenized` texts, whose mask is padded to this length."""
+    """Embed `tokenized` texts, whose mask is padded to this length, as `WanPipeline` does: `(B, length, D)`."""
     own = ids.shape[1]
     hidden = pipe.text_encoder(ids, mask[:, :own]).last_hidden_state
     return functional.pad(hidden, (0, 0, 0, mask.shape[1] - own)) * mask[..., None]
@@ -113,7 +115,7 @@ def embed(pipe: Any, ids: Tensor, mask: Tensor) -> Tensor:
 
 @torch.no_grad()
 def _encoded(pipe: Any, grid: Grid, batch: int, seed: int, number: int) -> tuple[Tensor, Tensor, Tensor]:
-    """Latents `(B, C, T, Y, X)` of clips, and their captions tokenized, some of them empty."""
+    """Draw clips; return their latents `(B, C, T, Y, X)` and their captions tokenized, some of them empty."""
     patch = pipe.transformer.config.patch_size
     frames = 1 + pipe.vae_scale_factor_temporal * (grid[0] - 1)
     height, width = (pipe.vae_scale_factor_spatial * patch[1] * size for size in grid[1:])

@@ -1,4 +1,4 @@
-"""Trains the autoencoder on clips of scenes, and measures the latents' mean and deviation."""
+"""Training of the autoencoder on clips of scenes, and the mean and the deviation of its latents."""
 
 import math
 from typing import Any
@@ -21,7 +21,7 @@ JUDGED = (4, (17, 96, 192))
 
 
 def autoencoder_phase(vae: Any, minutes: float, seed: int, pixels: int) -> Phase:
-    """The autoencoder learns to give clips back.
+    """Make the phase in which the autoencoder learns to give clips back.
 
     Args:
         vae: an `AutoencoderKLWan` on the device to train on.
@@ -47,7 +47,7 @@ def autoencoder_phase(vae: Any, minutes: float, seed: int, pixels: int) -> Phase
 
 @torch.no_grad()
 def measure_latents(vae: Any, seed: int) -> None:
-    """Writes the mean and the deviation of every latent channel into the autoencoder's config, for the pipeline."""
+    """Write the mean and the deviation of every latent channel into the autoencoder's config, for the pipeline."""
     vae.eval()
     batch, size = JUDGED
     videos = (clips(vae.device, batch, size, seed, HELD_OUT + number)[0] for number in range(8))
@@ -57,7 +57,7 @@ def measure_latents(vae: Any, seed: int) -> None:
 
 
 def encode(vae: Any, video: Tensor) -> Tensor:
-    """`(B, 3, F, H, W)` to latents `(B, C, T, Y, X)` float32, normalised once `measure_latents` has been called."""
+    """Encode `(B, 3, F, H, W)` to `(B, C, T, Y, X)` float32, normalised once `measure_latents` has been called."""
     with torch.autocast(vae.device.type, torch.bfloat16):
         latents = vae.encode(video).latent_dist.mode().float()
     mean, deviation = (
@@ -69,7 +69,7 @@ def encode(vae: Any, video: Tensor) -> Tensor:
 
 @torch.no_grad()
 def reconstruction_psnr(vae: Any, seed: int) -> float:
-    """PSNR in dB of clips that the autoencoder gives back, over all pixels of clips that it was not trained on."""
+    """Return the PSNR in dB of clips that the autoencoder gives back and was not trained on, over all pixels."""
     batch, size = JUDGED
     video, _ = clips(vae.device, batch, size, seed, HELD_OUT)
     again = vae.decode(vae.encode(video).latent_dist.mode()).sample

@@ -6,7 +6,7 @@ from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from torch import nn
 from transformers import PreTrainedTokenizerFast, UMT5Config, UMT5EncoderModel
 
-from ..tools.demo.scenes import WORDS
+from diffusers_draft.tools.demo.scenes import WORDS
 
 LATENT_CHANNELS = 12
 TEXT_DIM = 64
@@ -15,7 +15,7 @@ FLOW_SHIFT = 3.0
 
 
 def untrained_pipeline(seed: int) -> WanPipeline:
-    """Builds the pipeline on the CPU in float32.
+    """Build the pipeline on the CPU in float32.
 
     A token of its transformer is 8 x 8 pixels of two frames (of one in the beginning); captions are words of
     `scenes.WORDS`, which a text encoder of two layers reads.
@@ -74,7 +74,7 @@ def untrained_pipeline(seed: int) -> WanPipeline:
 
 @torch.no_grad()
 def _start_well(vae: AutoencoderKLWan) -> None:
-    """Gives convolutions weights that keep the size of what passes, and latents hardly any noise: learned sooner."""
+    """Give convolutions weights that keep the size of what passes, and latents hardly any noise: learned sooner."""
     for module in vae.modules():
         if isinstance(module, nn.Conv2d | nn.Conv3d):
             nn.init.kaiming_normal_(module.weight, nonlinearity="linear")
@@ -82,7 +82,7 @@ def _start_well(vae: AutoencoderKLWan) -> None:
 
 
 def word_tokenizer() -> PreTrainedTokenizerFast:
-    """One token for each word of a caption and for the comma."""
+    """Make a tokenizer with one token for each word of a caption and for the comma."""
     vocabulary = {word: index for index, word in enumerate(["<pad>", "</s>", "<unk>", ",", *WORDS])}
     words = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
     words.pre_tokenizer = pre_tokenizers.Whitespace()

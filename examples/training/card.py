@@ -1,6 +1,8 @@
 """The model card: how the model was trained, its loss, samples to look at, and prompts to go on with."""
 
+import shlex
 import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -8,13 +10,14 @@ import numpy as np
 from matplotlib.figure import Figure
 from PIL import Image
 
-from .. import __version__
-from ..tools.bench.measure import environment
-from ..tools.demo.scenes import captions
-from ..tools.generation.run import call_arguments, run
+from diffusers_draft import __version__
+from diffusers_draft.tools.bench.measure import environment
+from diffusers_draft.tools.demo.scenes import captions
+from diffusers_draft.tools.generation.run import call_arguments, run
+
+from .checkpoint import Progress
 from .clips import HELD_OUT, scenes
 from .flow import USES
-from .loop import Progress
 
 PROMPTS = 64
 SAMPLES = 8
@@ -44,8 +47,8 @@ pixels in {steps} steps with guidance {guidance:g}.*
 
 ## Training
 
-- Data: clips drawn by `diffusers_draft.demo.drawing` from random scenes, seed {seed}. The autoencoder sees each once,
-  the transformer about {uses} times with other noise.
+- Data: clips drawn by `diffusers_draft.tools.demo.drawing` from random scenes, seed {seed}. The autoencoder sees
+  each once, the transformer about {uses} times with other noise.
 - Autoencoder: {autoencoder_steps:,} steps in {autoencoder_minutes:.1f} minutes. It gives clips back with a PSNR of
   {psnr:.1f} dB.
 - Transformer and text encoder: {flow_steps:,} steps in {flow_minutes:.1f} minutes of flow matching, about
@@ -59,7 +62,7 @@ pixels in {steps} steps with guidance {guidance:g}.*
 
 
 def write_card(folder: Path, pipe: Any, training: Any, learned: dict[str, Progress], psnr: float) -> None:
-    """Writes README.md, samples.jpg, loss.png and prompts.txt beside the pipeline.
+    """Write README.md, samples.jpg, loss.png and prompts.txt beside the pipeline.
 
     Args:
         folder: of the pipeline.
@@ -90,6 +93,7 @@ def write_card(folder: Path, pipe: Any, training: Any, learned: dict[str, Progre
         "version": __version__,
         "commit": _commit(),
         **environment(pipe.device),
+        "command": shlex.join(["python", "-m", "examples.training", *sys.argv[1:]]),
     }
     for name, progress in learned.items():
         facts |= {f"{name}_steps": progress.steps, f"{name}_minutes": progress.seconds / 60}
@@ -97,7 +101,7 @@ def write_card(folder: Path, pipe: Any, training: Any, learned: dict[str, Progre
 
 
 def contact_sheet(pipe: Any, prompts: list[str]) -> Image.Image:
-    """A row of frames for each prompt, from the first to the last."""
+    """Draw a row of frames for each prompt, from the video's first to its last."""
     pipe.set_progress_bar_config(leave=False)
     rows = []
     for number, prompt in enumerate(prompts):
@@ -128,7 +132,7 @@ def _loss_curves(learned: dict[str, Progress]) -> Figure:
 
 
 def _commit() -> str:
-    """The commit of a checkout, in brackets; nothing for an installed package."""
+    """Return the commit of the checkout, in brackets; nothing where there is no git."""
     command = ["git", "-C", str(Path(__file__).parent), "rev-parse", "--short", "HEAD"]
     try:
         found = subprocess.run(command, capture_output=True, text=True, check=True)

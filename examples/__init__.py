@@ -1,0 +1,1 @@
+"""What can be done with the library and is not part of it."""
