@@ -1,12 +1,11 @@
 """All options and their checks."""
 
-import dataclasses
 import math
 import operator
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
 
-from .attention.method import Method, check_sparsity
+from .attention.method import NAMES, Method, check_sparsity
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -47,7 +46,7 @@ class DraftConfig(Method):
     @property
     def method(self) -> Method:
         """How blocks are chosen, without which steps and layers are dense."""
-        return Method(**{field.name: getattr(self, field.name) for field in dataclasses.fields(Method)})
+        return Method(**{name: getattr(self, name) for name in NAMES})
 
     @classmethod
     def paper(cls, sparsity: float = 0.9) -> "DraftConfig":

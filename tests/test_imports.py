@@ -77,13 +77,14 @@ from . import probe, names
 from .flex import forward
 from .. import layout
 from ..select import select
-from diffusers_draft.draft import block_means
+from diffusers_draft.attention.draft import block_means
 def later():
     from diffusers.models import attention
 """
-    inside = {"kernels.probe", "kernels.flex", "layout", "select", "draft"}
-    assert imports("kernels.reference", source) == (inside | {"kernels"}, {"torch", "diffusers"})
-    assert imports("kernels", source) == (inside, {"torch", "diffusers"})
+    names = ("kernels.probe", "kernels.flex", "layout", "select", "draft")
+    inside = {f"attention.{name}" for name in names}
+    assert imports("attention.kernels.reference", source) == (inside | {"attention.kernels"}, {"torch", "diffusers"})
+    assert imports("attention.kernels", source) == (inside, {"torch", "diffusers"})
 
 
 @pytest.mark.parametrize("name", CORE)
@@ -109,9 +110,26 @@ def run(code: str) -> str:
 
 
 def test_importing_the_package_imports_no_models():
-    loaded = run("import sys, diffusers_draft; print(*sys.modules)").split()
+    loaded = run("import sys, diffusers_draft; diffusers_draft.DraftHandle; print(*sys.modules)").split()
     assert "diffusers_draft.attention.call" in loaded
     assert [name for name in loaded if name.startswith(("diffusers.models", "diffusers.pipelines"))] == []
+
+
+def test_the_method_runs_where_there_is_no_diffusers():
+    code = """
+import sys
+for name in ("diffusers", "accelerate", "transformers", "numpy"):
+    sys.modules[name] = None
+import diffusers_draft, torch
+tokens = torch.randn(1, 3 * 13 * 17 + 5, 2, 16)
+out = diffusers_draft.draft_attention(tokens, tokens, tokens, grid=(3, 13, 17), sparsity=0.5)
+print(out.shape == tokens.shape, diffusers_draft.DraftConfig(sparsity=0.5).sparsity)
+try:
+    diffusers_draft.enable_draft_attention
+except ImportError as error:
+    print("diffusers" in str(error))
+"""
+    assert run(code).split() == ["True", "0.5", "True"]
 
 
 def test_importing_the_package_patches_nothing():

@@ -59,8 +59,7 @@ class Method:
 
     def to_text(self) -> str:
         """Write the settings as one line that `from_text` reads."""
-        values = {field.name: getattr(self, field.name) for field in dataclasses.fields(Method)}
-        return " ".join(f"{name}={_write(value)}" for name, value in values.items())
+        return " ".join(f"{name}={_write(getattr(self, name))}" for name in NAMES)
 
     @classmethod
     def from_text(cls, text: str) -> "Method":
@@ -77,6 +76,10 @@ class Method:
     def from_tensor(cls, text: Tensor) -> "Method":
         """Read what `to_tensor` wrote."""
         return _from_bytes(bytes(text.tolist()))
+
+
+NAMES = tuple(field.name for field in dataclasses.fields(Method))
+"""Of all settings of a method."""
 
 
 @functools.lru_cache(maxsize=64)

@@ -1,5 +1,6 @@
 """Draft attention as one operator, which compiled code calls without being tied to a number or a setting."""
 
+import contextlib
 from typing import NamedTuple
 
 import torch
@@ -70,7 +71,7 @@ def attend_now(
     scale: float | None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Run all steps of `Call`; arguments and results are those of `attend`."""
-    with torch.autocast(query.device.type, enabled=False):
+    with _without_autocast(query.device.type):
         call = Call.order(query, key, value, geometry, kv_len, Method.from_tensor(method), scale)
         (sparsity,) = numbers.tolist()
         mask = call.select(sparsity)
@@ -88,9 +89,14 @@ def attended(call: Call, mask: BlockMask) -> Attended:
 def in_autocast_dtype(*tensors: Tensor) -> tuple[Tensor, ...]:
     """Cast as autocast casts what goes into stock attention."""
     device = tensors[0].device.type
-    if not torch.is_autocast_enabled(device):
+    if not (torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)):
         return tensors
     return tuple(tensor.to(torch.get_autocast_dtype(device)) for tensor in tensors)
+
+
+def _without_autocast(device: str) -> contextlib.AbstractContextManager[None]:
+    available = torch.amp.is_autocast_available(device)
+    return torch.autocast(device, enabled=False) if available else contextlib.nullcontext()
 
 
 _attend_op = torch.library.custom_op("diffusers_draft::attend", attend_now, mutates_args=())

@@ -57,6 +57,7 @@ def test_public_names() -> None:
         "disable_draft_attention",
         "draft_attention",
         "enable_draft_attention",
+        "enable_parallelism",
     ]
 
 
@@ -491,6 +492,58 @@ def test_nothing_piles_up(shadows: Any) -> None:
             assert len(shadows()) == 1
         disable_draft_attention(model)
         assert shadows() == set()
+
+
+def living(shadows: Any) -> tuple[int, int]:
+    """Subclasses of a stock processor that exist, and modules."""
+    gc.collect()
+    stock = type(models.wan().blocks[0].attn1.processor)
+    return len(stock.__subclasses__()), len(shadows())
+
+
+def test_three_hundred_enablings_add_one_class(shadows: Any) -> None:
+    model = models.wan()
+    classes, modules = living(shadows)
+    for number in range(300):
+        handle = enable_draft_attention(model, 0.3 + number / 1000, budget=("row", "head")[number % 2])
+        if number % 7 == 0:
+            handle.disable()
+    run(model)
+    assert living(shadows) == (classes + 1, modules + 1)
+    assert (len(model._forward_pre_hooks), len(model._forward_hooks)) == (1, 1)
+    handle = enable_draft_attention(model)
+    handle.disable()
+    assert not model._forward_pre_hooks and not model._forward_hooks
+    assert not model._forward_hooks_always_called and not model._forward_pre_hooks_with_kwargs
+
+
+def test_a_hundred_dropped_pipelines_leave_nothing(shadows: Any) -> None:
+    before = living(shadows)
+    for _ in range(100):
+        pipe = models.wan_pipeline(models.wan(num_layers=1))
+        handle = enable_draft_attention(pipe, dense_layers=())
+        run(pipe.transformer)
+        del pipe, handle
+    assert living(shadows) == before
+
+
+def test_looking_into_one_model_leaves_another_alone() -> None:
+    looked_into, other, alone = models.wan(), models.wan(), models.wan()
+    first = enable_draft_attention(looked_into, 0.5)
+    enable_draft_attention(other, 0.8, tile=(4, 8))
+    enable_draft_attention(alone, 0.8, tile=(4, 8))
+    seen = []
+
+    def zeros(call: Any) -> Tensor:
+        seen.append((call.path, call.sparse))
+        return torch.zeros_like(call.query)
+
+    expected, before = run(alone), run(looked_into)
+    with first._watched(zeros):
+        assert not torch.equal(run(looked_into), before)
+        assert torch.equal(run(other), expected)
+    assert seen == [("blocks.1.attn1", True), ("blocks.2.attn1", True)]
+    assert torch.equal(run(looked_into), before)
 
 
 def test_modules_of_a_dropped_model_are_dropped(shadows: Any) -> None:

@@ -265,3 +265,52 @@ def test_mask_under_compile_is_counted() -> None:
     for _ in range(2):
         assert error(transformer(**inputs).sample, stock) < models.FLOAT32_ERROR
     assert handle.report().transformers[0].dense_calls == {"step": 0, "layer": 2, "mask": 2, "replacement": 0}
+
+
+MANY: dict[str, list[dict[str, Any]]] = {
+    "sparsities": [dict(sparsity=0.3 + number / 20) for number in range(12)],
+    "settings": [
+        dict(sparsity=0.5, budget=budget, tile=tile, backend=backend)
+        for budget in ("row", "head")
+        for tile in ((8, 16), (2, 8, 8), (4, 8))
+        for backend in ("torch", "reference")
+    ],
+}
+
+
+@pytest.mark.parametrize("settings", MANY)
+@pytest.mark.parametrize("way", ["regional", "in place"])
+@pytest.mark.parametrize("name", MODELS)
+def test_enabling_again_compiles_nothing(name: str, way: str, settings: str) -> None:
+    """With and without disabling in between, nested and in turn, at three resolutions: dense and sparse once each."""
+    stock = stock_graphs(name, way)
+    make, inputs = MODELS[name]
+    transformer, eager = make(), make()
+    compiled = WAYS[way](transformer, backend="eager")
+    grids = (models.RAGGED, *GRIDS)
+    options = dict(dense_layers=(), dense_timestep=700)
+
+    def check(settings: dict[str, Any], grid: models.Grid) -> None:
+        with enable_draft_attention(eager, **settings, **options):
+            expected = eager(**inputs(2, grid, timestep=500)).sample
+        assert error(compiled(**inputs(2, grid, timestep=500)).sample, expected) < models.FLOAT32_ERROR
+
+    for timestep in (990, 500):  # a dense and a sparse step at all resolutions
+        with enable_draft_attention(transformer, 0.7, **options):
+            for grid in grids:
+                compiled(**inputs(2, grid, timestep=timestep))
+    for grid in grids:
+        compiled(**inputs(2, grid))  # stock
+    before = graphs()
+    for number, one in enumerate(MANY[settings]):
+        handle = enable_draft_attention(transformer, **one, **options)
+        check(one, grids[number % len(grids)])
+        if number % 3 == 0:
+            handle.disable()
+        elif number % 3 == 1:
+            with enable_draft_attention(transformer, 0.2, **options):
+                check(dict(sparsity=0.2), models.RAGGED)
+    assert graphs() == before
+    # As many as stock for sparse layers, and for each kind of block one more for dense steps and one for stock.
+    kinds = {"wan": 1, "hunyuan_video": 2}[name] if way == "regional" else 1
+    assert before == stock[-1] + 2 * kinds

@@ -191,11 +191,11 @@ def test_a_model_compiled_as_a_whole(pool: Pool) -> None:
 
 
 def test_offloading_comes_after_splitting(pool: Pool) -> None:
-    for how, message in (
+    for way, message in (
         ("ours", "offloaded already.*Split it first"),
         ("diffusers", "its share of 884 tokens is 442"),
     ):
-        for found in pool.run(2, "offloaded_first", how):
+        for found in pool.run(2, "offloaded_first", way):
             assert isinstance(found, RuntimeError) and re.search(message, str(found)), found
 
 
