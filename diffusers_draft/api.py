@@ -5,8 +5,8 @@ from collections.abc import Iterable, Iterator
 from typing import Any
 
 from .attention.layout import Tile
-from .attention.method import Budget
-from .config import DraftConfig
+from .attention.method import Budget, Score
+from .config import DraftConfig, ScheduleName
 from .patching.attachment import Attachment, attachment_of, check_not_running
 from .patching.clock import Clock
 from .patching.forward import Hook
@@ -61,8 +61,11 @@ class DraftHandle:
 
 def enable_draft_attention(
     pipe: Any,
-    sparsity: float = 0.9,
+    sparsity: float = DraftConfig.sparsity,
     *,
+    schedule: ScheduleName = DraftConfig.schedule,
+    score: Score = DraftConfig.score,
+    probes: int = DraftConfig.probes,
     budget: Budget = DraftConfig.budget,
     tile: Tile = DraftConfig.tile,
     dense_steps: float | None = None,
@@ -77,12 +80,15 @@ def enable_draft_attention(
 
     Args:
         pipe: a diffusers pipeline, modular pipeline or transformer. All transformers of a pipeline are patched.
-        sparsity: share of the video block pairs to skip, in [0, 1).
+        sparsity: mean share of the pairs of video blocks that a run's sparse steps skip, in [0, 1).
+        schedule: `"falling"`, `"constant"` or `"paper"`, see `DraftConfig`.
+        score: `"value"` or `"mass"`, see `DraftConfig`.
+        probes: rows of each head that are computed exactly to correct the others; 0 for no correction.
         budget: `"row"` or `"head"`, see `DraftConfig`.
         tile: `(h, w)` or `(t, h, w)` tokens of a block, see `DraftConfig`.
         dense_steps: share of the run's steps, from its start, that stay dense.
-        dense_timestep: steps whose timestep is above this stay dense; by default what the paper's code does.
-        dense_layers: indices of self-attention layers that stay dense; by default what the paper's code does.
+        dense_timestep: steps whose timestep is above this stay dense.
+        dense_layers: indices of self-attention layers that stay dense.
         backend: `"auto"` or a name from `diffusers_draft.attention.kernels.BACKENDS`.
         config: all settings in one object, instead of the arguments above.
 
@@ -101,6 +107,9 @@ def enable_draft_attention(
     """
     given = DraftConfig(
         sparsity=sparsity,
+        schedule=schedule,
+        score=score,
+        probes=probes,
         budget=budget,
         tile=tile,
         dense_steps=dense_steps,

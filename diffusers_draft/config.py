@@ -4,17 +4,27 @@ import math
 import operator
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
+from typing import Literal
 
 from .attention.method import NAMES, Method, check_sparsity
+from .schedules import SCHEDULES
+
+ScheduleName = Literal["falling", "constant", "paper"]
 
 
 @dataclass(frozen=True, kw_only=True)
 class DraftConfig(Method):
-    """Settings of draft attention. `None` means the default of the model family.
+    """Settings of draft attention.
 
     Attributes:
-        sparsity: share of the video block pairs to skip, in [0, 1). The paper uses 0.9 for HunyuanVideo and 0.75
-            for Wan.
+        sparsity: mean share of the pairs of video blocks that a run's sparse steps skip, in [0, 1).
+        schedule: how the density goes over the run: `"falling"` starts dense and ends sparse around that mean,
+            `"constant"`, or `"paper"`: the dense steps and layers of the paper's code for the model family, then
+            constant.
+        score: what ranks a pair of blocks: `"value"`, the draft's mass times how far the block's mean value lies from
+            the output, or `"mass"`, the mass alone (the paper).
+        probes: rows of each head whose exact attention is computed to correct the others and to measure the error;
+            0 for neither.
         budget: `"row"` keeps the same number of key blocks for every query block; `"head"` the best pairs of each
             head's whole map (the paper).
         tile: `(h, w)` tokens of one frame (the paper), or `(t, h, w)` tokens of several; blocks are patches of about
@@ -28,13 +38,17 @@ class DraftConfig(Method):
         ValueError: if an option is out of range; the message says what was expected and what came.
     """
 
-    sparsity: float = 0.9
+    sparsity: float = 0.8
+    schedule: ScheduleName = "falling"
     dense_steps: float | None = None
     dense_timestep: float | None = None
     dense_layers: Iterable[int] | None = None
 
     def __post_init__(self) -> None:
         check_sparsity(self.sparsity)
+        if self.schedule not in SCHEDULES:
+            names = ", ".join(map(repr, SCHEDULES))
+            raise ValueError(f"Unknown schedule {self.schedule!r}. Expected one of {names}.")
         super().__post_init__()
         if self.dense_steps is not None and not 0 <= self.dense_steps <= 1:
             raise ValueError(f"dense_steps is a share of the run and must be in [0, 1], got {self.dense_steps!r}.")
@@ -45,16 +59,13 @@ class DraftConfig(Method):
 
     @property
     def method(self) -> Method:
-        """How blocks are chosen, without which steps and layers are dense."""
+        """How blocks are chosen and corrected, without how many and where."""
         return Method(**{name: getattr(self, name) for name in NAMES})
 
     @classmethod
     def paper(cls, sparsity: float = 0.9) -> "DraftConfig":
-        """Make the settings of the paper's code: the head budget and blocks of 8 x 16 tokens.
-
-        Dense steps and layers are those of the model family.
-        """
-        return cls(sparsity=sparsity, budget="head", tile=(8, 16))
+        """Make the settings of the paper's code: its schedule, score, budget and blocks of 8 x 16, no correction."""
+        return cls(sparsity=sparsity, schedule="paper", score="mass", probes=0, budget="head", tile=(8, 16))
 
     @classmethod
     def hunyuan_custom(cls, sparsity: float = 0.9) -> "DraftConfig":

@@ -22,9 +22,10 @@ import torch.distributed as dist
 from accelerate.hooks import ModelHook, add_hook_to_module, remove_hook_from_module
 from diffusers import ContextParallelConfig, HunyuanVideoTransformer3DModel, WanTransformer3DModel
 from models import TINY, Grid, build
+from paper import enable_draft_attention
 from torch import Tensor
 
-from diffusers_draft import enable_draft_attention, enable_parallelism
+from diffusers_draft import enable_parallelism
 from diffusers_draft.attention.ops import Attended
 from diffusers_draft.attention.ranks import operators as ulysses_ops
 from diffusers_draft.attention.ranks import transfer

@@ -2,8 +2,9 @@ import dataclasses
 
 import pytest
 import torch
+from paper import draft_attention
 
-from diffusers_draft import DraftConfig, draft_attention
+from diffusers_draft import DraftConfig
 from diffusers_draft.attention.kernels import BACKENDS
 
 NAN = float("nan")

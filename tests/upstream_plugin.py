@@ -11,8 +11,9 @@ from typing import Any
 
 import diffusers
 import pytest
+from paper import enable_draft_attention
 
-from diffusers_draft import DraftHandle, enable_draft_attention
+from diffusers_draft import DraftHandle
 from diffusers_draft.families import families
 
 handles: list[DraftHandle] = []

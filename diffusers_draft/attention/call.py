@@ -1,4 +1,4 @@
-"""One attention call, step by step: order, draft, select, attend, restore."""
+"""One attention call, step by step: order, draft, select, attend, correct, restore."""
 
 from dataclasses import dataclass
 
@@ -7,10 +7,12 @@ from torch import Tensor
 
 from . import kernels
 from .block_mask import BlockMask
+from .correct import Correction, fit, probe_rows
 from .draft import draft_map
+from .draft import value as value_score
 from .layout import TokenLayout, token_layout
 from .method import Method
-from .select import select
+from .select import select, skips_pairs
 from .steps import Steps, steps_for
 
 
@@ -27,6 +29,7 @@ class Call:
         value: as `query`.
         query_means: `(B, H, Nv, D)` float32, the mean of each video block.
         key_means: as `query_means`.
+        value_means: as `query_means`; None where the score does not need them.
         layout: the block order.
         kv_len: `(B,)` leading valid keys or None.
         scale: factor on the scores.
@@ -40,6 +43,7 @@ class Call:
     value: Tensor
     query_means: Tensor
     key_means: Tensor
+    value_means: Tensor | None
     layout: TokenLayout
     kv_len: Tensor | None
     scale: float
@@ -83,7 +87,7 @@ class Call:
         steps = steps_for(query.device, differentiable)
         ordered_query, query_means = steps.order(query, layout)
         ordered_key, key_means = steps.order(key, layout)
-        ordered_value, _ = steps.order(value, layout, average=False)
+        ordered_value, value_means = steps.order(value, layout, average=method.score == "value")
         assert query_means is not None and key_means is not None, "they were asked for"
         return cls(
             ordered_query,
@@ -91,6 +95,7 @@ class Call:
             ordered_value,
             query_means,
             key_means,
+            value_means,
             layout,
             kv_len,
             head_dim**-0.5 if scale is None else scale,
@@ -100,20 +105,23 @@ class Call:
         )
 
     def draft(self) -> Tensor:
-        """Compute the draft map, `(B, H, Nv, Nv)` float32, that `select` goes by."""
+        """Compute the draft map, `(B, H, Nv, Nv)` float32."""
         return draft_map(self.query_means, self.key_means, self.scale)
+
+    def scores(self) -> Tensor:
+        """Compute the scores that `select` goes by, `(B, H, Nv, Nv)` float32."""
+        return self.draft() if self.value_means is None else value_score(self.draft(), self.value_means)
 
     def select(self, sparsity: float, scores: Tensor | None = None) -> BlockMask:
         """Choose the pairs of blocks to keep.
 
         Args:
             sparsity: share of the pairs of video blocks to skip, in [0, 1).
-            scores: `(B, H, Nv, Nv)` float32, at most 1; the largest are kept. The draft map by default.
+            scores: `(B, H, Nv, Nv)` float32, the largest are kept; by default those of the method.
         """
         if scores is None:
-            return self.steps.select(
-                self.query_means, self.key_means, self.scale, sparsity, self.method.budget, self.layout, self.kv_len
-            )
+            means = self.query_means, self.key_means, self.value_means
+            return self.steps.select(*means, self.scale, sparsity, self.method.budget, self.layout, self.kv_len)
         return select(
             scores.clone(),  # its diagonal is overwritten
             sparsity,
@@ -127,9 +135,26 @@ class Call:
         """Attend to the kept blocks: `(B, S, H, D)` in block order."""
         return self.kernel.forward(self.query, self.key, self.value, mask, self.scale)
 
-    def restore(self, out: Tensor) -> Tensor:
-        """Put the output back in the model's order, contiguous."""
-        return self.steps.restore(out, self.layout)
+    def skips_pairs(self, sparsity: float) -> bool:
+        """Return True if any pair of blocks is left out."""
+        return skips_pairs(self.layout.num_video_blocks, sparsity, self.method.budget)
+
+    def correct(self, out: Tensor, number: int = 0) -> Correction:
+        """Fit the correction of an output in block order, from exact attention of a few of its rows.
+
+        Args:
+            out: `(B, S, H, D)`, from `attend`.
+            number: shifts the rows that are looked at.
+        """
+        video = self.layout.num_video_blocks * self.layout.block
+        rows = probe_rows(video, self.method.probes, number, out.device)
+        with torch.no_grad():
+            exact = self.steps.attend_to_valid(self.query[:, rows], self.key, self.value, self.kv_len, self.scale)
+            return fit(out[:, rows], exact)
+
+    def restore(self, out: Tensor, correction: Correction | None = None) -> Tensor:
+        """Correct the output and put it back in the model's order, contiguous."""
+        return self.steps.restore(out, self.layout, correction)
 
 
 def needs_grad(*tensors: Tensor) -> bool:

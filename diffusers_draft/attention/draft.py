@@ -1,11 +1,13 @@
-"""The draft: attention between block means, the low-resolution map that guides the selection."""
+"""The draft: attention between block means, and the scores that it gives every pair of blocks."""
+
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
 
 
 def block_means(tokens: Tensor, num_blocks: int, block: int) -> Tensor:
-    """Averages the leading blocks of a block-ordered tensor in float32 (paper, section 3.2: average pooling).
+    """Average the leading blocks of a block-ordered tensor in float32 (paper, section 3.2: average pooling).
 
     Args:
         tokens: `(B, S, H, D)` in block order.
@@ -20,7 +22,7 @@ def block_means(tokens: Tensor, num_blocks: int, block: int) -> Tensor:
 
 
 def draft_map(query_means: Tensor, key_means: Tensor, scale: float) -> Tensor:
-    """Softmax attention between block means, each sample and head on its own.
+    """Compute softmax attention between block means, each sample and head on its own.
 
     Args:
         query_means: `(B, H, Nv, D)` float32.
@@ -32,3 +34,26 @@ def draft_map(query_means: Tensor, key_means: Tensor, scale: float) -> Tensor:
     """
     with torch.autocast(query_means.device.type, enabled=False):
         return torch.softmax(query_means @ key_means.transpose(-1, -2) * scale, dim=-1)
+
+
+def mass(draft: Tensor, value_means: Tensor) -> Tensor:
+    """Score a pair by its draft-map value: the attention mass that it would lose (the paper)."""
+    return draft
+
+
+def value(draft: Tensor, value_means: Tensor) -> Tensor:
+    """Score a pair by what the output would lose: its mass times how far the block's mean value lies from the output.
+
+    Args:
+        draft: `(B, H, Nv, Nv)` float32 draft map.
+        value_means: `(B, H, Nv, D)` float32.
+
+    Returns:
+        `(B, H, Nv, Nv)` float32, not negative.
+    """
+    with torch.autocast(draft.device.type, enabled=False):
+        return draft * torch.cdist(draft @ value_means, value_means, compute_mode="donot_use_mm_for_euclid_dist")
+
+
+SCORES: dict[str, Callable[[Tensor, Tensor], Tensor]] = {"value": value, "mass": mass}
+"""What ranks the pairs of blocks, by name."""

@@ -4,7 +4,7 @@ import torch
 from torch import Tensor
 
 from .layout import Grid, Tile
-from .method import Budget, Method, check_grid, check_sparsity
+from .method import Budget, Method, Score, check_grid, check_sparsity
 from .ops import attend
 
 
@@ -19,13 +19,15 @@ def draft_attention(
     kv_len: Tensor | None = None,
     tile: Tile = Method.tile,
     budget: Budget = Method.budget,
+    score: Score = Method.score,
+    probes: int = Method.probes,
     backend: str = Method.backend,
     scale: float | None = None,
 ) -> Tensor:
     """Attend sparsely over video tokens, guided by a low-resolution draft of the attention itself.
 
-    Block-sparse self-attention of DraftAttention (arXiv 2505.14708). Equals dense attention under the selected block
-    mask; at `sparsity=0` it equals dense attention.
+    Block-sparse self-attention of DraftAttention (arXiv 2505.14708), corrected by a regression on a few exact rows.
+    With `probes=0` it equals dense attention under the selected block mask; at `sparsity=0` it equals dense attention.
 
     Args:
         query: `(B, S, H, D)` float32, float16 or bfloat16.
@@ -39,6 +41,8 @@ def draft_attention(
             `prefix + T * Y * X` (right-padded text). None if all are. Tokens behind it are never attended to.
         tile: `(h, w)` or `(t, h, w)` tokens of a block, see `DraftConfig`.
         budget: `"row"` or `"head"`, see `DraftConfig`.
+        score: `"value"` or `"mass"`, see `DraftConfig`.
+        probes: rows of each head that are computed exactly to correct the others, see `DraftConfig`.
         backend: `"auto"` or a name from `diffusers_draft.attention.kernels.BACKENDS`.
         scale: factor on the scores, `D ** -0.5` by default.
 
@@ -50,9 +54,9 @@ def draft_attention(
         ImportError: if the package of the chosen backend is missing.
         RuntimeError: if the chosen backend cannot run on these tensors, or has no backward and they need one.
     """
-    method = Method(tile=tile, budget=budget, backend=backend)
+    method = Method(tile=tile, budget=budget, score=score, probes=probes, backend=backend)
     check_sparsity(sparsity)
     check_grid(grid, prefix)
     geometry = torch.tensor([*grid, prefix])
-    numbers = torch.tensor([sparsity], dtype=torch.float64)
+    numbers = torch.tensor([sparsity, 0], dtype=torch.float64)
     return attend(query, key, value, geometry, kv_len, numbers, method.to_tensor(), scale).out

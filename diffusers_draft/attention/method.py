@@ -6,17 +6,19 @@ import math
 import operator
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from numbers import Integral
+from numbers import Integral, Real
 from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
+from .draft import SCORES
 from .kernels import check_name
 from .layout import Tile
 from .select import BUDGETS
 
 Budget = Literal["head", "row"]
+Score = Literal["value", "mass"]
 
 TEXT_LENGTH = 128
 """Bytes of a method's text as a tensor. One length for all: compiled code is tied to a shape."""
@@ -27,6 +29,10 @@ class Method:
     """Settings of the method.
 
     Attributes:
+        score: what ranks a pair of blocks: `"value"`, the draft's mass times how far the block's mean value lies from
+            the output, or `"mass"`, the mass alone (the paper).
+        probes: rows of each head whose exact attention is computed to correct the others and to measure the error;
+            0 for neither.
         budget: `"row"` keeps the same number of key blocks for every query block; `"head"` the best pairs of each
             head's whole map (the paper).
         tile: `(h, w)` tokens of one frame (the paper), or `(t, h, w)` tokens of several; blocks are patches of about
@@ -37,11 +43,19 @@ class Method:
         ValueError: if an option is out of range; the message says what was expected and what came.
     """
 
+    score: Score = "value"
+    probes: int = 64
     budget: Budget = "row"
     tile: Tile = (2, 8, 8)
     backend: str = "auto"
 
     def __post_init__(self) -> None:
+        if self.score not in SCORES:
+            raise ValueError(f"Unknown score {self.score!r}. Expected one of {', '.join(map(repr, SCORES))}.")
+        if isinstance(self.probes, bool) or not isinstance(self.probes, (int, Integral)) or self.probes < 0:
+            raise ValueError(
+                f"probes must be a whole number of rows, 0 for no correction, got {self.probes!r}. The default is 64."
+            )
         if self.budget not in BUDGETS:
             raise ValueError(f"Unknown budget {self.budget!r}. Expected one of {', '.join(map(repr, BUDGETS))}.")
         if not (are_counts(self.tile, 2) or are_counts(self.tile, 3)) or math.prod(self.tile) % 16:
@@ -103,7 +117,7 @@ def parse_tile(text: str) -> Tile:
     return tuple(map(int, sizes))
 
 
-_READERS: dict[str, Callable[[str], Any]] = {"tile": parse_tile}
+_READERS: dict[str, Callable[[str], Any]] = {"tile": parse_tile, "probes": int}
 
 
 def format_tile(tile: Tile) -> str:
@@ -112,8 +126,8 @@ def format_tile(tile: Tile) -> str:
 
 
 def check_sparsity(sparsity: float) -> None:
-    """Raise ValueError unless the sparsity is in [0, 1)."""
-    if not 0 <= sparsity < 1:
+    """Raise ValueError unless the sparsity is a number in [0, 1)."""
+    if isinstance(sparsity, bool) or not isinstance(sparsity, (float, Real)) or not 0 <= sparsity < 1:
         raise ValueError(f"sparsity must be in [0, 1), got {sparsity!r}. Use 0.9 to skip 90 % of the pairs.")
 
 

@@ -18,12 +18,14 @@ class Attended(NamedTuple):
     Attributes:
         out: `(B, S, H, D)`, contiguous, in the model's order.
         pairs: `(B,)` int64 on the device, computed pairs of blocks in all heads of each sample.
+        squares: `(3,)` float32 on the device, as `Correction` has them; zeros where nothing was corrected.
         facts: `(4,)` int64 on the CPU: heads, blocks in all, video blocks, and the number of the kernel that ran,
             see `kernels.choice_of`.
     """
 
     out: Tensor
     pairs: Tensor
+    squares: Tensor
     facts: Tensor
 
 
@@ -45,7 +47,8 @@ def attend(
         value: as `query`.
         geometry: `(4,)` int64 on the CPU: T, Y, X and the prefix.
         kv_len: `(B,)` leading valid keys or None.
-        numbers: `(1,)` float64 on the CPU, what may differ from step to step: the sparsity.
+        numbers: `(2,)` float64 on the CPU, what may differ from step to step: the sparsity, and a whole number that
+            shifts the rows that correct the others.
         method: from `Method.to_tensor`.
         scale: factor on the scores, `D ** -0.5` by default.
 
@@ -69,21 +72,29 @@ def attend_now(
     numbers: Tensor,
     method: Tensor,
     scale: float | None,
-) -> tuple[Tensor, Tensor, Tensor]:
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Run all steps of `Call`; arguments and results are those of `attend`."""
     with _without_autocast(query.device.type):
         call = Call.order(query, key, value, geometry, kv_len, Method.from_tensor(method), scale)
-        (sparsity,) = numbers.tolist()
+        sparsity, number = numbers.tolist()
         mask = call.select(sparsity)
-        return attended(call, mask)
+        return attended(call, mask, int(number) if call.skips_pairs(sparsity) else None)
 
 
-def attended(call: Call, mask: BlockMask) -> Attended:
-    """Run the steps behind the choice of blocks."""
-    out = call.restore(call.attend(mask))
+def attended(call: Call, mask: BlockMask, number: int | None) -> Attended:
+    """Run the steps behind the choice of blocks.
+
+    Args:
+        call: in block order.
+        mask: what to attend to.
+        number: as `Call.correct` takes it; None where nothing is left out, and nothing to be corrected.
+    """
+    out = call.attend(mask)
+    correction = call.correct(out, number) if number is not None and call.method.probes else None
+    squares = out.new_zeros(3, dtype=torch.float32) if correction is None else correction.squares
     heads, blocks = mask.kv_num_blocks.shape[1:]
     facts = torch.tensor([heads, blocks, mask.num_video_blocks, kernels.number_of(call.kernel)])
-    return Attended(out, mask.kv_num_blocks.sum((1, 2)), facts)
+    return Attended(call.restore(out, correction), mask.kv_num_blocks.sum((1, 2)), squares, facts)
 
 
 def in_autocast_dtype(*tensors: Tensor) -> tuple[Tensor, ...]:
@@ -107,7 +118,8 @@ def _(query, key, value, geometry, kv_len, numbers, method, scale):
     return query.new_empty(query.shape), *empty_facts(query)
 
 
-def empty_facts(query: Tensor) -> tuple[Tensor, Tensor]:
-    """Make `pairs` and `facts` of `Attended` for the shapes of compiled code."""
+def empty_facts(query: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Make what `Attended` has beside the output for the shapes of compiled code."""
     pairs = query.new_empty(query.shape[0], dtype=torch.int64)
-    return pairs, torch.empty(4, dtype=torch.int64, device="cpu")
+    squares = query.new_empty(3, dtype=torch.float32)
+    return pairs, squares, torch.empty(4, dtype=torch.int64, device="cpu")

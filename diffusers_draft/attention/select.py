@@ -7,22 +7,29 @@ from torch import Tensor
 
 from .block_mask import BlockMask
 
-OWN_BLOCK = 2.0
-"""A score above every softmax value: a query block always keeps its own block."""
+OWN_BLOCK = float("inf")
+"""A score above every other: a query block always keeps its own block."""
 
 
 def pairs_of_head(num_video: int, sparsity: float) -> int:
-    """How many pairs of a head's map the head budget keeps: never fewer than every block's own."""
+    """Count the pairs of a head's map that the head budget keeps: never fewer than every block's own."""
     return max(num_video, round((1 - sparsity) * num_video * num_video))
 
 
 def blocks_of_row(num_video: int, sparsity: float) -> int:
-    """How many key blocks the row budget keeps for a query block: never fewer than its own."""
+    """Count the key blocks that the row budget keeps for a query block: never fewer than its own."""
     return max(1, round((1 - sparsity) * num_video))
 
 
+def skips_pairs(num_video: int, sparsity: float, budget: str) -> bool:
+    """Return True if a budget leaves out any pair of video blocks."""
+    if budget == "head":
+        return pairs_of_head(num_video, sparsity) < num_video * num_video
+    return num_video > 0 and blocks_of_row(num_video, sparsity) < num_video
+
+
 def head_budget(scores: Tensor, sparsity: float) -> Tensor:
-    """Keeps the largest `pairs_of_head` pairs of each head's whole map (the paper).
+    """Keep the largest `pairs_of_head` pairs of each head's whole map (the paper).
 
     Args:
         scores: `(B, H, Nv, Nv)` float32.
@@ -36,7 +43,7 @@ def head_budget(scores: Tensor, sparsity: float) -> Tensor:
 
 
 def row_budget(scores: Tensor, sparsity: float) -> Tensor:
-    """Keeps the `blocks_of_row` largest key blocks of every query block.
+    """Keep the `blocks_of_row` largest key blocks of every query block.
 
     Args:
         scores: `(B, H, Nv, Nv)` float32.
@@ -55,29 +62,29 @@ BUDGETS: dict[str, Callable[[Tensor, float], Tensor]] = {"head": head_budget, "r
 
 
 def select(
-    draft: Tensor, sparsity: float, budget: str, *, seq_len: int, block: int, kv_len: Tensor | None = None
+    scores: Tensor, sparsity: float, budget: str, *, seq_len: int, block: int, kv_len: Tensor | None = None
 ) -> BlockMask:
-    """Chooses the kept block pairs: video pairs by their draft score, all pairs with an anchor block.
+    """Choose the kept block pairs: video pairs by their score, all pairs with an anchor block.
 
     Args:
-        draft: `(B, H, Nv, Nv)` float32 draft map; its diagonal is overwritten.
+        scores: `(B, H, Nv, Nv)` float32, the largest are kept; their diagonal is overwritten.
         sparsity: share of the video pairs to skip, in [0, 1).
         budget: a key of `BUDGETS`.
         seq_len: tokens in the sequence, video first.
         block: tokens per block.
         kv_len: `(B,)` leading valid keys, at least the video tokens and the prefix; None if all are valid.
     """
-    batch, heads, num_video, _ = draft.shape
+    batch, heads, num_video, _ = scores.shape
     num_blocks = -(-seq_len // block)
     num_anchors = num_blocks - num_video
-    device = draft.device
+    device = scores.device
 
     kv_indices = torch.zeros(batch, heads, num_blocks, num_blocks, dtype=torch.int32, device=device)
     kv_indices[:, :, num_video:] = torch.arange(num_blocks, dtype=torch.int32, device=device)
     kv_num_blocks = torch.full((batch, heads, num_blocks), num_blocks, dtype=torch.int32, device=device)
     if num_video:
-        draft.diagonal(dim1=-2, dim2=-1).fill_(OWN_BLOCK)
-        kept = BUDGETS[budget](draft, sparsity)
+        scores.diagonal(dim1=-2, dim2=-1).fill_(OWN_BLOCK)
+        kept = BUDGETS[budget](scores, sparsity)
         counts = _fill_rows(kv_indices, kept, num_video)
         anchors = torch.arange(num_anchors, device=device)
         kv_indices[:, :, :num_video].scatter_(
@@ -92,7 +99,7 @@ def select(
 
 
 def _fill_rows(kv_indices: Tensor, kept: Tensor, num_video: int) -> Tensor:
-    """Writes the kept pairs to the front of their rows; returns the `(B, H, Nv)` int64 number in each row."""
+    """Write the kept pairs to the front of their rows; return the `(B, H, Nv)` int64 number in each row."""
     batch, heads, _ = kept.shape
     rows, columns = kept // num_video, kept % num_video
     counts = torch.zeros(batch, heads, num_video, dtype=torch.int64, device=kept.device)

@@ -19,6 +19,7 @@ COSMOS = Family(
     video=channels_first,
     dense_layers=("transformer_blocks.0.attn1",),
     dense_steps=0.25,
+    top_timestep=None,
     scheduler_units=False,
     split=splits.NO_PARALLEL_CONFIG,
 )
@@ -30,6 +31,7 @@ COSMOS_CONTROL = Family(
     video=controlled,
     dense_layers=("control_blocks.0.attn1",),
     dense_steps=0.25,
+    top_timestep=None,
     scheduler_units=False,
     split=splits.NO_PARALLEL_CONFIG,
 )

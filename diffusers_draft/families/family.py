@@ -88,6 +88,8 @@ class Family:
         dense_timestep: steps above this timestep stay dense by default.
         dense_steps: share of a run's steps, from its start, that stays dense by default where no timestep is known
             to be best; a transformer without a pipeline does not know its run, and no step of it is dense then.
+        top_timestep: the timestep of pure noise, for a transformer without a pipeline; None where timesteps do not
+            tell the noise.
         scheduler_units: whether the model gets timesteps as its scheduler counts them.
         split: how to split it over GPUs, or why that does not work.
     """
@@ -102,5 +104,6 @@ class Family:
     dense_layers: tuple[str, ...]
     dense_timestep: float = math.inf
     dense_steps: float | None = None
+    top_timestep: float | None = 1000.0
     scheduler_units: bool = True
     split: Split | Refusal

@@ -18,6 +18,7 @@ MINIMAX_H3 = Family(
     video=video,
     dense_layers=("transformer_blocks.0.attn",),
     dense_steps=0.25,
+    top_timestep=None,
     scheduler_units=False,
     split=Refusal("its packed sequence is as long as the prompt makes it, and ranks could rarely share it equally"),
 )

@@ -27,5 +27,6 @@ MOCHI = Family(
     video=video,
     dense_layers=("transformer_blocks.0.attn1",),
     dense_steps=0.25,
+    top_timestep=None,
     split=splits.NO_PARALLEL_CONFIG,
 )

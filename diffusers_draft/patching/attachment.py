@@ -1,5 +1,6 @@
 """Puts draft attention into a transformer: how its layers get our attention, and how a forward learns its grid."""
 
+import collections
 import contextlib
 import warnings
 import weakref
@@ -13,14 +14,19 @@ from ..attention import kernels
 from ..config import DraftConfig
 from ..families.family import Family, inputs_of
 from .clock import Clock, Moment
-from .forward import Forward, Hook, LayerRecord
+from .forward import Forward, Hook
 from .processors import PatchedLayers
-from .schedule import Schedule
+from .records import Counts, LayerRecord, SparseForward
+from .schedule import Schedule, SparseStep
 from .shadow import Shadow
 from .splitting import originals_of, share
 
 _shadows: weakref.WeakKeyDictionary[nn.Module, Shadow] = weakref.WeakKeyDictionary()
 """Of every transformer that was ever patched, for its life."""
+
+
+MOST_FORWARDS = 4096
+"""Forwards that are remembered where no scheduler tells runs apart."""
 
 
 class _HookOfTransformer:
@@ -46,10 +52,8 @@ class Attachment(_HookOfTransformer):
 
     Attributes:
         records: of each sparse layer, by module path, in execution order.
-        steps: denoising steps so far, dense and sparse.
-        forwards: forwards so far, likewise.
-        masked_calls: calls that ran dense because of a mask.
-        replaced_calls: calls of layers whose processor was replaced after draft attention was enabled.
+        counts: what happened so far.
+        log: of the latest run.
         last_grid: `(T, Y, X)` tokens of the last forward.
     """
 
@@ -71,12 +75,12 @@ class Attachment(_HookOfTransformer):
         self.schedule = schedule
         self.dense_layers = dense_layers
         self.records = {path: LayerRecord(path) for path in sparse_layers}
-        self.steps = {"dense": 0, "sparse": 0}
-        self.forwards = {"dense": 0, "sparse": 0}
-        self.masked_calls = 0
-        self.replaced_calls = 0
+        self.counts = Counts()
+        self.log: collections.deque[SparseForward] = collections.deque(maxlen=MOST_FORWARDS)
         self.last_grid: tuple[int, int, int] | None = None
         self._last_moment: Moment | None = None
+        self._step: SparseStep | None = None
+        self._replaced = 0
         self._shadow = _shadows.setdefault(transformer, Shadow(family))
         self._layers: PatchedLayers | None = None
         self._hook: Hook | None = None
@@ -102,12 +106,11 @@ class Attachment(_HookOfTransformer):
         try:
             self._layers.put()
             self._handles.append(transformer.register_forward_pre_hook(self, with_kwargs=True))
-            self._handles.append(transformer.register_forward_hook(_End(self.forward), always_call=True))
+            self._handles.append(transformer.register_forward_hook(_End(self), always_call=True))
         except BaseException:
             self.detach()
             raise
         self.forward.method = self.config.method.to_tensor()
-        self.forward.numbers = torch.tensor([self.config.sparsity], dtype=torch.float64)
         self.forward.hook = self._hook
 
     def detach(self) -> None:
@@ -147,51 +150,73 @@ class Attachment(_HookOfTransformer):
         if torch.is_grad_enabled() and getattr(module, "gradient_checkpointing", False):
             forward.will_be_recomputed()
         moment = self.clock.at(inputs["timestep"])
-        dense = self.schedule.is_dense(moment, inputs["timestep"])
+        step = self.schedule.at(moment, inputs["timestep"])
         self.clock.note(moment)
-        forward.sparse = not dense
-        self.last_grid = video.grid
-        if not dense:
+        forward.sparse = step is not None
+        if step:
+            forward.numbers = torch.tensor([step.sparsity, step.number], dtype=torch.float64)
             self._look_for_replaced(module)
-        self._count(moment, dense)
+        self.last_grid = video.grid
+        self._count(moment, step)
         forward.begin()
         # Behind all other hooks: the forward is not over while they run.
         hooks: Any = module._forward_hooks
         hooks.move_to_end(self._handles[-1].id)
 
-    def _count(self, moment: Moment | None, dense: bool) -> None:
+    def _count(self, moment: Moment | None, step: SparseStep | None) -> None:
         """Count one forward and, when the scheduler has moved on, one step."""
-        kind = "dense" if dense else "sparse"
-        self.forwards[kind] += 1
+        kind = "sparse" if step else "dense"
+        self.counts.forwards[kind] += 1
         if moment is None or not moment.is_step_of(self._last_moment):
-            self.steps[kind] += 1
-        self._last_moment = moment
+            self.counts.steps[kind] += 1
+        if moment and not (self._last_moment and moment.run is self._last_moment.run):
+            self.log.clear()
+        self._last_moment, self._step = moment, step
         for record in self.records.values():
-            self.masked_calls += record.masked
-            record.masked = False
+            record.ran = ""
+
+    def end(self) -> None:
+        """Count the calls of the forward that is over, and keep what its sparse ones left."""
+        self.forward.end()
+        ran = collections.Counter(record.ran for record in self.records.values())
+        sparse = self._step is not None
+        self.counts.calls["sparse"] += ran["sparse"]
+        self.counts.calls["step"] += 0 if sparse else ran["dense"]
+        self.counts.calls["mask"] += ran["mask"]
+        self.counts.calls["skipped"] += ran[""] - self._replaced
+        if len(self.records) == ran[""] > 0 and not self._replaced:
+            self.counts.skipped_forwards += 1
+        else:
+            self.counts.calls["layer"] += len(self.dense_layers)
+        if self._step and ran["sparse"]:
+            calls = {
+                path: record.call for path, record in self.records.items() if record.call and record.ran == "sparse"
+            }
+            self.log.append(SparseForward(self._step, calls))
 
     def _look_for_replaced(self, transformer: nn.Module) -> None:
         """Notice layers whose processor somebody has replaced since: they run dense unless they are patched again."""
         replaced = self._layers.replaced() if self._layers else []
-        if replaced and not self.replaced_calls:
+        self._replaced = len(replaced)
+        if replaced and not self.counts.calls["replacement"]:
             found = type(replaced[0]).__name__
             warnings.warn(
                 f"{len(replaced)} attention layers of {type(transformer).__name__} lost draft attention: something "
                 f"put {found} in its place. They run without it. Undo that, or enable draft attention again.",
                 stacklevel=2,
             )
-        self.replaced_calls += len(replaced)
+        self.counts.calls["replacement"] += len(replaced)
 
 
 class _End(_HookOfTransformer):
     """The forward hook: notes that the forward is over, also after an error."""
 
-    def __init__(self, forward: Forward) -> None:
-        self._forward = forward
+    def __init__(self, attachment: Attachment) -> None:
+        self._attachment = attachment
 
     @torch.compiler.disable
     def __call__(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
-        self._forward.end()
+        self._attachment.end()
 
 
 def attachment_of(transformer: nn.Module) -> Attachment | None:

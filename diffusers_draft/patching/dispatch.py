@@ -9,6 +9,7 @@ from ..attention.ops import Attended, attend
 from ..attention.ranks.exchange import Exchange
 from .context_parallel import context_parallel
 from .forward import AttentionCall, Forward
+from .records import SparseCall
 
 Dispatch = Callable[..., Tensor]
 
@@ -37,8 +38,8 @@ def attention_call(forward: Forward, stock: Dispatch) -> Dispatch:
     ) -> Tensor:
         # A mask over keys alone is the padding that `kv_len` leaves out; layers without one see no padding.
         masked = attn_mask is not None and (forward.kv_len is None or attn_mask.shape[-2] > 1)
-        if masked:
-            forward.layer.masked = forward.sparse
+        if masked and forward.sparse:
+            forward.layer.ran = "mask"
         sparse = forward.sparse and not masked
         if sparse and (dropout_p or is_causal or enable_gqa or attention_kwargs):
             raise NotImplementedError(
@@ -108,6 +109,6 @@ def _hooked(
 
 def _noted(forward: Forward, kv_len: Tensor | None, attended: Attended) -> Tensor:
     """Keep what was computed in the layer's record."""
-    layer = forward.layer
-    layer.kv_len, layer.pairs, layer.facts = kv_len, attended.pairs, attended.facts
+    forward.layer.ran = "sparse"
+    forward.layer.call = SparseCall(kv_len, attended.pairs, attended.squares, attended.facts)
     return attended.out

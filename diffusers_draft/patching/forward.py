@@ -1,4 +1,4 @@
-"""What a transformer's forward leaves for its attention layers, and what each of them found."""
+"""What a transformer's forward leaves for its attention layers, and how to look into their calls."""
 
 import threading
 from collections.abc import Callable
@@ -9,25 +9,7 @@ from torch import Tensor
 
 from ..attention.method import Method
 from ..attention.ops import Attended
-
-
-class LayerRecord:
-    """What happened in one layer.
-
-    Attributes:
-        path: its module path.
-        masked: whether the latest forward ran dense here because of a mask.
-        kv_len: valid keys of its last sparse call.
-        pairs: as `Attended` of its last sparse call has it; None before the first one.
-        facts: likewise.
-    """
-
-    def __init__(self, path: str) -> None:
-        self.path = path
-        self.masked = False
-        self.kv_len: Tensor | None = None
-        self.pairs: Tensor | None = None
-        self.facts: Tensor | None = None
+from .records import LayerRecord
 
 
 class AttentionCall(NamedTuple):
@@ -75,7 +57,7 @@ class Forward:
         self.sparse = False
         self.geometry = torch.zeros(4, dtype=torch.int64)
         self.kv_len: Tensor | None = None
-        self.numbers = torch.zeros(1, dtype=torch.float64)
+        self.numbers = torch.zeros(2, dtype=torch.float64)
         self.method = Method().to_tensor()
         self.shared: Tensor | None = None
         self.whole_text = False
@@ -92,6 +74,7 @@ class Forward:
             RuntimeError: when gradient checkpointing recomputes a forward whose state a later one has replaced.
         """
         self.layer = layer
+        layer.ran = "dense"
         if torch.compiler.is_compiling() or torch._C._current_graph_task_id() == -1:  # not in a backward
             return
         if self.forwards_to_recompute > 1:

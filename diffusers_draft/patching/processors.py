@@ -6,7 +6,7 @@ from typing import Any
 
 from torch import nn
 
-from .forward import LayerRecord
+from .records import LayerRecord
 from .shadow import Shadow, stock_class
 
 

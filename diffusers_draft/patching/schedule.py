@@ -1,58 +1,107 @@
-"""Is this step dense?"""
+"""How dense is this step?"""
 
 import math
 import warnings
-from typing import Any
+from typing import Any, NamedTuple
 
 from torch import Tensor
 
 from ..config import DraftConfig
 from ..families.family import Family
+from ..schedules import SCHEDULES, constant
+from ..schedules import Schedule as Shape
 from .clock import Moment
+
+ALONE = 100
+"""Steps that a run is thought to have where nobody knows it, evenly spread over the noise."""
+
+
+class SparseStep(NamedTuple):
+    """What a sparse forward is to do.
+
+    Attributes:
+        sparsity: share of the pairs of video blocks to skip.
+        number: of the step, the same whenever the run is repeated.
+    """
+
+    sparsity: float
+    number: int
 
 
 class Schedule:
-    """The first steps of a run, where the video takes shape, stay dense.
+    """Tells the sparsity of a forward from its moment in the run.
 
     Args:
-        dense_steps: share of the run's steps, from its start; None leaves it to the timestep.
+        shape: how the density goes over the sparse steps.
+        sparsity: its mean is 1 less this.
+        dense_steps: share of the run's steps, from its start, that are dense; None leaves it to the timestep.
         dense_timestep: steps whose timestep is above this are dense.
+        top_timestep: the timestep of pure noise, for forwards without a moment; None where timesteps do not tell.
     """
 
-    def __init__(self, dense_steps: float | None, dense_timestep: float) -> None:
+    def __init__(
+        self,
+        shape: Shape,
+        sparsity: float,
+        dense_steps: float | None,
+        dense_timestep: float,
+        top_timestep: float | None,
+    ) -> None:
+        self._shape = shape
+        self._sparsity = sparsity
         self._dense_steps = dense_steps
         self._dense_timestep = dense_timestep
+        self._top_timestep = top_timestep
         self._warned = False
 
-    def is_dense(self, moment: Moment | None, timestep: Tensor) -> bool:
-        """Return True if a forward is dense.
+    def at(self, moment: Moment | None, timestep: Tensor) -> SparseStep | None:
+        """Tell what a forward is to do; None if it is dense.
 
         Args:
             moment: of the forward; None where nothing but the timestep tells it.
-            timestep: the forward's argument, any shape. It is read, which waits for the GPU, if there is no moment.
+            timestep: the forward's argument, any shape. Without a moment it is read, which waits for the GPU, if the
+                density depends on it.
 
         Raises:
             ValueError: if a timestep is to tell and timesteps rise.
         """
-        if moment is None:
-            return self._is_dense_alone(timestep)
-        never = self._dense_steps == 0 or (self._dense_steps is None and self._dense_timestep == math.inf)
-        return not never and moment.step < self._first_sparse_step(moment)
+        step = self._alone(timestep) if moment is None else self._in_run(moment)
+        # A step that skips nothing is left to dense attention, unless that is what was asked for.
+        return None if step and step.sparsity <= 0 < self._sparsity else step
 
-    def _is_dense_alone(self, timestep: Tensor) -> bool:
-        if self._dense_steps and not self._warned:
-            self._warned = True
-            limit = self._dense_timestep
-            dense = "no step is dense" if limit == math.inf else f"steps above the timestep {limit:g} are dense"
-            warnings.warn(
-                f"dense_steps={self._dense_steps:g} is a share of a run, and nothing tells the step of this one: the "
-                "pipeline has no scheduler with timesteps, or it is one without a step_index for a model that gets "
-                f"timesteps in other units. So {dense}.",
-                stacklevel=2,
-            )
-        if self._dense_steps == 0 or self._dense_timestep == math.inf:
-            return False
-        return float(timestep.max()) > self._dense_timestep
+    def _in_run(self, moment: Moment) -> SparseStep | None:
+        last = len(moment.timesteps) - 1
+        first = moment.begin if self._never_dense else max(moment.begin, self._first_sparse_step(moment))
+        step = min(moment.step, last)
+        if step < first:
+            return None
+        left = [(last - index) / max(1, last - moment.begin) for index in range(first, last + 1)]
+        left = left if last > moment.begin else [1.0] * len(left)
+        return SparseStep(self._sparsity_at(left, step - first), step)
+
+    def _alone(self, timestep: Tensor) -> SparseStep | None:
+        self._warn_of_unknown_run()
+        limit = math.inf if self._dense_steps == 0 else self._dense_timestep
+        top = None if self._shape is constant else self._top_timestep
+        if top is None and limit == math.inf:
+            return SparseStep(self._sparsity, 0)
+        value = float(timestep.max())
+        if value > limit:
+            return None
+        if top is None:
+            return SparseStep(self._sparsity, 0)
+        left = [share / ALONE for share in range(ALONE, -1, -1) if share / ALONE * top <= limit]
+        index = min(range(len(left)), key=lambda index: abs(left[index] - value / top))
+        return SparseStep(self._sparsity_at(left, index), index)
+
+    def _sparsity_at(self, left: list[float], index: int) -> float:
+        if self._shape is constant:
+            return self._sparsity
+        return 1 - self._shape(1 - self._sparsity, left)[index]
+
+    @property
+    def _never_dense(self) -> bool:
+        return self._dense_steps == 0 or (self._dense_steps is None and self._dense_timestep == math.inf)
 
     def _first_sparse_step(self, moment: Moment) -> int:
         timesteps = moment.timesteps
@@ -66,21 +115,36 @@ class Schedule:
         below = (step for step, value in enumerate(timesteps) if value <= self._dense_timestep)
         return next(below, len(timesteps))
 
+    def _warn_of_unknown_run(self) -> None:
+        if not self._dense_steps or self._warned:
+            return
+        self._warned = True
+        limit = self._dense_timestep
+        dense = "no step is dense" if limit == math.inf else f"steps above the timestep {limit:g} are dense"
+        warnings.warn(
+            f"dense_steps={self._dense_steps:g} is a share of a run, and nothing tells the step of this one: the "
+            "pipeline has no scheduler with timesteps, or it is one without a step_index for a model that gets "
+            f"timesteps in other units. So {dense}.",
+            stacklevel=2,
+        )
+
 
 def schedule_for(pipe: Any, family: Family, config: DraftConfig) -> Schedule:
-    """Make the schedule that was asked for, or else the family's.
+    """Make the schedule that was asked for.
 
     Raises:
         ValueError: for a share of a run that a transformer alone does not know.
     """
     knows_run = hasattr(pipe, "scheduler")
-    if config.dense_steps is not None or config.dense_timestep is not None:
-        share, limit = config.dense_steps, config.dense_timestep
-    else:
-        share, limit = family.dense_steps if knows_run else None, None
+    share, limit = config.dense_steps, config.dense_timestep
+    if config.schedule == "paper":
+        if share is None and limit is None and knows_run:
+            share = family.dense_steps
+        limit = family.dense_timestep if limit is None else limit
     if share and not knows_run:
         raise ValueError(
             f"dense_steps={share} is a share of a run, and a transformer alone does not know the run. "
             "Enable draft attention on the pipeline, or use dense_timestep."
         )
-    return Schedule(share, family.dense_timestep if limit is None else limit)
+    limit = math.inf if limit is None else limit
+    return Schedule(SCHEDULES[config.schedule], config.sparsity, share, limit, family.top_timestep)

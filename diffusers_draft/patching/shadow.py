@@ -18,7 +18,8 @@ from torch.nn import functional
 
 from ..families.family import Family
 from .dispatch import Dispatch, attention_call
-from .forward import Forward, LayerRecord
+from .forward import Forward
+from .records import LayerRecord
 
 _numbers = itertools.count()
 

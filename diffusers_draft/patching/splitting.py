@@ -9,8 +9,9 @@ from torch import nn
 
 from ..families.family import Family, Inputs, Refusal, VideoTokens, inputs_of
 from .context_parallel import check_config, check_tokens, context_parallel
-from .forward import Forward, LayerRecord
+from .forward import Forward
 from .processors import PatchedLayers, attention_module, processors_of
+from .records import LayerRecord
 from .shadow import DraftProcessor, Shadow
 
 

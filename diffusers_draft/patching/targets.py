@@ -56,7 +56,7 @@ def choose_layers(
     """
     paths = layer_paths(transformer, family.layers)
     if config.dense_layers is None:
-        dense = set(family.dense_layers)
+        dense = set(family.dense_layers) if config.schedule == "paper" else set()
     else:
         wrong = [index for index in config.dense_layers if index >= len(paths)]
         if wrong:

@@ -9,10 +9,10 @@ import pytest
 import torch
 from hypothesis import example, given
 from hypothesis import strategies as st
+from paper import draft_attention
 from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
-from diffusers_draft import draft_attention
 from diffusers_draft.attention import kernels
 
 pytestmark = pytest.mark.usefixtures("nan_memory")

@@ -67,8 +67,8 @@ def test_select_keeps_the_pairs_that_plain_select_keeps(maps, num_video, num_anc
     if num_anchors:
         lengths = data.draw(st.lists(st.integers(num_video * 16, layout.seq_len), min_size=maps[0], max_size=maps[0]))
         kv_len = torch.tensor(lengths, dtype=torch.int32, device=DEVICE)
-    mask = fused.select(*means, 0.3, sparsity, budget, layout, kv_len)
-    expected = plain.select(*means, 0.3, sparsity, budget, layout, kv_len)
+    mask = fused.select(*means, None, 0.3, sparsity, budget, layout, kv_len)
+    expected = plain.select(*means, None, 0.3, sparsity, budget, layout, kv_len)
     assert torch.equal(mask.to_dense(), expected.to_dense())
     assert torch.equal(mask.kv_num_blocks, expected.kv_num_blocks)
     for indices, count in zip(mask.kv_indices.flatten(0, 2), mask.kv_num_blocks.flatten(), strict=True):
@@ -79,7 +79,7 @@ def test_select_keeps_the_pairs_that_plain_select_keeps(maps, num_video, num_anc
 @pytest.mark.parametrize("sparsity", [0.0, 0.5, 0.9])
 def test_ties_do_not_change_the_count(budget: str, sparsity: float) -> None:
     means = torch.ones(2, 2, 13, 16, device=DEVICE)
-    mask = fused.select(means, means, 0.25, sparsity, budget, a_layout(13, 2), None)
+    mask = fused.select(means, means, None, 0.25, sparsity, budget, a_layout(13, 2), None)
     kept = mask.to_dense()[:, :, :13, :13]
     expected = max(13, round((1 - sparsity) * 169)) if budget == "head" else 13 * max(1, round((1 - sparsity) * 13))
     assert (kept.sum((-1, -2)) == expected).all()
@@ -88,9 +88,9 @@ def test_ties_do_not_change_the_count(budget: str, sparsity: float) -> None:
 
 def test_select_in_parts_equals_select_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
     means = [tokens(2, 3, 11, 16) for _ in range(2)]
-    whole = fused.select(*means, 0.2, 0.6, "head", a_layout(11, 1), None)
+    whole = fused.select(*means, None, 0.2, 0.6, "head", a_layout(11, 1), None)
     monkeypatch.setattr("diffusers_draft.attention.steps.fused_select.MAX_SCORES", 2 * 11 * 11)
-    parts = fused.select(*means, 0.2, 0.6, "head", a_layout(11, 1), None)
+    parts = fused.select(*means, None, 0.2, 0.6, "head", a_layout(11, 1), None)
     assert torch.equal(whole.to_dense(), parts.to_dense())
 
 

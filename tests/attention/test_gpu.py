@@ -8,9 +8,9 @@ import oracle
 import pytest
 import torch
 import torch.distributed as dist
+from paper import draft_attention
 from torch import Tensor
 
-from diffusers_draft import draft_attention
 from diffusers_draft.attention import kernels
 from diffusers_draft.attention.block_mask import BlockMask
 from diffusers_draft.attention.kernels import reference
@@ -131,8 +131,7 @@ def test_a_sparse_call_never_waits_for_the_device(backend, budget):
 @pytest.mark.parametrize("backend", FUSED_BACKENDS)
 def test_a_compiled_transformer_is_one_graph_a_block(backend):
     from models import error, hunyuan_video, hunyuan_video_inputs
-
-    from diffusers_draft import enable_draft_attention
+    from paper import enable_draft_attention
 
     need(backend, torch.bfloat16, 64)
     torch._dynamo.reset()

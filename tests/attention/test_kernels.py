@@ -8,8 +8,8 @@ from types import SimpleNamespace
 import oracle
 import pytest
 import torch
+from paper import draft_attention
 
-from diffusers_draft import draft_attention
 from diffusers_draft.attention import kernels
 from diffusers_draft.attention.block_mask import BlockMask
 from diffusers_draft.attention.kernels import flex, probe, reference

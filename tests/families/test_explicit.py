@@ -8,9 +8,9 @@ import models
 import pytest
 import torch
 from models import TINY, error, forward
+from paper import enable_draft_attention
 from torch import Tensor
 
-from diffusers_draft import enable_draft_attention
 from diffusers_draft.families import families
 
 UPSTREAM = {

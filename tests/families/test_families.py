@@ -4,9 +4,10 @@ import pytest
 import torch
 from models import RAGGED, TINY, attention_replaced, error, forward, processors
 from packaging.version import Version
+from paper import draft_attention, enable_draft_attention
 from torch import Tensor
 
-from diffusers_draft import DraftConfig, draft_attention, enable_draft_attention
+from diffusers_draft import DraftConfig
 from diffusers_draft.attention.ops import Attended
 from diffusers_draft.families import families, family_of
 from diffusers_draft.patching import dispatch

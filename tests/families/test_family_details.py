@@ -13,9 +13,10 @@ import pytest
 import torch
 from diffusers import DDIMScheduler, FlowMatchEulerDiscreteScheduler
 from models import TINY, Loop, error, forward, patched, processors
+from paper import enable_draft_attention
 from tiny_cross import raster
 
-from diffusers_draft import DraftConfig, enable_draft_attention
+from diffusers_draft import DraftConfig
 from diffusers_draft.attention import layout
 from diffusers_draft.families.kandinsky import KANDINSKY6
 from diffusers_draft.families.locate import coordinates

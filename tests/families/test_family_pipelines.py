@@ -21,10 +21,9 @@ from diffusers import (
     UniPCMultistepScheduler,
 )
 from models import TEXT_SLOTS, TINY, error, random
+from paper import enable_draft_attention
 from PIL import Image
 from torch import Tensor
-
-from diffusers_draft import enable_draft_attention
 
 EVERYWHERE = dict(dense_layers=(), dense_steps=0)
 

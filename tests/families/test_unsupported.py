@@ -6,9 +6,10 @@ from typing import Any
 import diffusers
 import models
 import pytest
+from paper import enable_draft_attention
 from torch import nn
 
-from diffusers_draft import disable_draft_attention, enable_draft_attention
+from diffusers_draft import disable_draft_attention
 from diffusers_draft.families import families
 from diffusers_draft.families.unsupported import REASONS, reason_against
 

@@ -13,10 +13,11 @@ import pytest
 import torch
 from diffusers.models._modeling_parallel import ContextParallelConfig, ParallelConfig
 from models import RAGGED, patched, processors, run_wan, wan_inputs
+from paper import enable_draft_attention
 from torch import Tensor, nn
 
 import diffusers_draft
-from diffusers_draft import DraftConfig, DraftHandle, disable_draft_attention, enable_draft_attention
+from diffusers_draft import DraftConfig, DraftHandle, disable_draft_attention
 from diffusers_draft.attention import kernels
 from diffusers_draft.families import families
 

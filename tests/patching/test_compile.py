@@ -7,10 +7,11 @@ import pytest
 import torch
 from diffusers import FlowMatchEulerDiscreteScheduler
 from models import TINY, Loop, attention_replaced, error, hunyuan_video_inputs, wan_inputs
+from paper import enable_draft_attention
 from torch import Tensor
 from torch._dynamo.utils import counters
 
-from diffusers_draft import disable_draft_attention, enable_draft_attention
+from diffusers_draft import disable_draft_attention
 from diffusers_draft.attention.ops import Attended
 from diffusers_draft.patching import dispatch
 

@@ -16,12 +16,13 @@ from diffusers import FirstBlockCacheConfig, PyramidAttentionBroadcastConfig, Wa
 from diffusers.models.attention_dispatch import AttentionBackendName, _AttentionBackendRegistry
 from diffusers.models.transformers.transformer_wan import WanAttnProcessor
 from models import error, patched, processors, run_wan, wan_inputs
+from paper import enable_draft_attention
 from peft import LoraConfig
 from peft.utils import get_peft_model_state_dict
 from safetensors.torch import load_file
 from torch import Tensor
 
-from diffusers_draft import DraftHandle, disable_draft_attention, enable_draft_attention
+from diffusers_draft import DraftHandle, disable_draft_attention
 
 SPARSE_LAYERS = ["blocks.1.attn1", "blocks.2.attn1"]
 LOADED_ERROR = 1e-5

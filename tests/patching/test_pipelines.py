@@ -8,10 +8,11 @@ import pytest
 import torch
 from diffusers import WanImageToVideoPipeline, WanTransformer3DModel, WanVACEPipeline, WanVACETransformer3DModel
 from models import RAGGED, error, run_hunyuan_video, run_wan
+from paper import enable_draft_attention
 from PIL import Image
 from torch import Tensor
 
-from diffusers_draft import DraftConfig, disable_draft_attention, enable_draft_attention
+from diffusers_draft import DraftConfig, disable_draft_attention
 
 EVERYWHERE = dict(dense_layers=(), dense_steps=0)
 

@@ -5,9 +5,10 @@ import models
 import pytest
 import torch
 from models import RAGGED, run_hunyuan_video, run_wan
+from paper import enable_draft_attention
 from torch import Tensor
 
-from diffusers_draft import DraftConfig, enable_draft_attention
+from diffusers_draft import DraftConfig
 from diffusers_draft.attention import kernels
 from diffusers_draft.attention.block_mask import BlockMask
 

@@ -16,9 +16,10 @@ from diffusers import (
     WanVideoToVideoPipeline,
 )
 from models import Loop, run_hunyuan_video, run_wan
+from paper import enable_draft_attention
 from PIL import Image
 
-from diffusers_draft import DraftHandle, enable_draft_attention
+from diffusers_draft import DraftHandle
 from diffusers_draft.attention.ops import Attended
 from diffusers_draft.patching import dispatch
 

@@ -11,11 +11,12 @@ import numpy as np
 import pytest
 import torch
 from diffusers.utils.logging import is_progress_bar_enabled
+from paper import enable_draft_attention
 from PIL import Image
 from torch.nn.functional import scaled_dot_product_attention
 
 import diffusers_draft
-from diffusers_draft import DraftConfig, enable_draft_attention
+from diffusers_draft import DraftConfig
 from diffusers_draft.cli import main
 from diffusers_draft.tools.demo.capture import Captured, captured
 from diffusers_draft.tools.demo.model import WEIGHTS, demo_pipeline

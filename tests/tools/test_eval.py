@@ -22,9 +22,10 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from paper import enable_draft_attention
 from PIL import Image
 
-from diffusers_draft import DraftConfig, enable_draft_attention
+from diffusers_draft import DraftConfig
 from diffusers_draft.cli import main
 from diffusers_draft.tools.evaluation import Setting, Store, Study, grid, parse_setting, read_prompts
 from diffusers_draft.tools.evaluation.metrics import fidelity, fidelity_metrics, flicker

@@ -10,9 +10,10 @@ import numpy as np
 import pytest
 import torch
 from diffusers import DiffusionPipeline, FlowMatchEulerDiscreteScheduler, WanPipeline
+from paper import enable_draft_attention
 from PIL import Image
 
-from diffusers_draft import DraftConfig, enable_draft_attention
+from diffusers_draft import DraftConfig
 from diffusers_draft.cli import main
 from diffusers_draft.tools.demo.model import WEIGHTS
 from diffusers_draft.tools.generation import video

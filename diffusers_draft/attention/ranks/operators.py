@@ -75,7 +75,7 @@ def attend_over_ranks(
     numbers: Tensor,
     method: Tensor,
     scale: float | None,
-) -> tuple[Tensor, Tensor, Tensor]:
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Run draft attention of all tokens, for this rank's; arguments as of `to_heads` and `ops.attend`.
 
     Returns:
@@ -95,9 +95,9 @@ def attend_over_ranks(
             found.append(counted)
     finally:  # also after an error: or the rest would meet the next call's, in memory that is free by then
         came = [part.wait() for part in (*arriving, *leaving)]
-    pairs, facts = (torch.stack(counted) for counted in zip(*found, strict=True))
+    pairs, squares, facts = (torch.stack(counted) for counted in zip(*found, strict=True))
     facts[:, 0] = facts[:, 0].sum()  # heads
-    return place(came), pairs.sum(0), facts[-1].clone()
+    return place(came), pairs.sum(0), squares.sum(0), facts[-1].clone()
 
 
 def _parts(heads: int) -> list[slice]:

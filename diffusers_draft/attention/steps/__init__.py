@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from ..block_mask import BlockMask
+from ..correct import Correction
 from ..layout import TokenLayout
 from . import plain
 
@@ -20,6 +21,7 @@ class Steps(Protocol):
         self,
         query_means: Tensor,
         key_means: Tensor,
+        value_means: Tensor | None,
         scale: float,
         sparsity: float,
         budget: str,
@@ -27,7 +29,11 @@ class Steps(Protocol):
         kv_len: Tensor | None,
     ) -> BlockMask: ...
 
-    def restore(self, out: Tensor, layout: TokenLayout) -> Tensor: ...
+    def attend_to_valid(
+        self, query: Tensor, key: Tensor, value: Tensor, kv_len: Tensor | None, scale: float | None
+    ) -> Tensor: ...
+
+    def restore(self, out: Tensor, layout: TokenLayout, correction: Correction | None = None) -> Tensor: ...
 
 
 def steps_for(device: torch.device, differentiable: bool) -> Steps:

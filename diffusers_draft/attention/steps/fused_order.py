@@ -1,15 +1,16 @@
-"""Triton: one pass that puts query, key and value in block order and averages blocks, and one pass back."""
+"""Triton: one pass puts tokens in block order and averages blocks, and one corrects them on their way back."""
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
+from ..correct import Correction
 from ..layout import TokenLayout
 
 
 def order(tokens: Tensor, layout: TokenLayout, average: bool = True) -> tuple[Tensor, Tensor | None]:
-    """Reads a tensor once, writes it once in block order, and averages its video blocks on the way.
+    """Read a tensor once, write it once in block order, and average its video blocks on the way.
 
     Args:
         tokens: `(B, S, H, D)`, any strides.
@@ -33,14 +34,17 @@ def order(tokens: Tensor, layout: TokenLayout, average: bool = True) -> tuple[Te
     return ordered.transpose(1, 2), means if average else None
 
 
-def restore(out: Tensor, layout: TokenLayout) -> Tensor:
-    """Puts a block-ordered `(B, S, H, D)` tensor back in the original order, contiguous."""
+def restore(out: Tensor, layout: TokenLayout, correction: Correction | None = None) -> Tensor:
+    """Put a block-ordered `(B, S, H, D)` tensor back in the original order, contiguous; correct the video blocks."""
     batch, seq_len, heads, head_dim = out.shape
     restored = torch.empty(batch, seq_len, heads, head_dim, dtype=out.dtype, device=out.device)
-    rows = 64
+    rows = 64 if correction is None else 128
+    matrix, offset = (out, out) if correction is None else (correction.matrix.to(out.dtype), correction.offset)
     _restore_kernel[(heads, triton.cdiv(seq_len, rows), batch)](
-        out, restored, layout.inverse, *out.stride()[:3], seq_len, heads,
-        HEAD_DIM=head_dim, PADDED_DIM=triton.next_power_of_2(head_dim), ROWS=rows, num_warps=4,
+        out, restored, layout.inverse, matrix, offset,
+        *out.stride()[:3], seq_len, heads, layout.num_video_blocks * layout.block,
+        HEAD_DIM=head_dim, PADDED_DIM=max(16, triton.next_power_of_2(head_dim)), ROWS=rows,
+        CORRECT=correction is not None, num_warps=4 if correction is None else 8,
     )  # fmt: skip
     return restored
 
@@ -71,8 +75,9 @@ def _order_kernel(
 
 @triton.jit
 def _restore_kernel(
-    out_ptr, restored_ptr, inverse_ptr, stride_b, stride_s, stride_h, seq_len, heads,
-    HEAD_DIM: tl.constexpr, PADDED_DIM: tl.constexpr, ROWS: tl.constexpr,
+    out_ptr, restored_ptr, inverse_ptr, matrix_ptr, offset_ptr,
+    stride_b, stride_s, stride_h, seq_len, heads, video,
+    HEAD_DIM: tl.constexpr, PADDED_DIM: tl.constexpr, ROWS: tl.constexpr, CORRECT: tl.constexpr,
 ):  # fmt: skip
     head = tl.program_id(0).to(tl.int64)
     sample = tl.program_id(2).to(tl.int64)
@@ -81,5 +86,13 @@ def _restore_kernel(
     mask = (token < seq_len)[:, None] & (dims < HEAD_DIM)[None, :]
     slot = tl.load(inverse_ptr + token, mask=token < seq_len, other=0).to(tl.int64)
     source = out_ptr + sample * stride_b + head * stride_h + slot[:, None] * stride_s + dims[None, :]
+    x = tl.load(source, mask=mask, other=0.0)
+    if CORRECT:
+        row = sample * heads + head
+        inside = (dims < HEAD_DIM)[:, None] & (dims < HEAD_DIM)[None, :]
+        matrix = matrix_ptr + (row * HEAD_DIM + dims)[:, None] * HEAD_DIM + dims[None, :]
+        offset = tl.load(offset_ptr + row * HEAD_DIM + dims, mask=dims < HEAD_DIM, other=0.0)
+        change = tl.dot(x, tl.load(matrix, mask=inside, other=0.0), input_precision="tf32x3") + offset[None, :]
+        x = tl.where((slot < video)[:, None], x.to(tl.float32) + change, x.to(tl.float32)).to(x.dtype)
     to = ((sample * seq_len + token) * heads + head)[:, None] * HEAD_DIM + dims[None, :]
-    tl.store(restored_ptr + to, tl.load(source, mask=mask, other=0.0), mask=mask)
+    tl.store(restored_ptr + to, x, mask=mask)

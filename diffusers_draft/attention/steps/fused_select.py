@@ -1,7 +1,8 @@
 """Triton: from block means to kept block lists by radix selection. Nothing is sorted, nothing is read on the host.
 
-A pair's rank is that of its draft-map value, so scores are compared as `score - logsumexp(row)`, in fixed point: keys
-of 31 bits with steps of 2**-25, which is finer than float32 for draft-map values below 0.6.
+Scores are logarithms. A pair's rank by mass is that of its draft-map value, so scores are compared as
+`score - logsumexp(row)`; by value, the logarithm of the distance is added. Both are compared in fixed point: keys of 31
+bits with steps of 2**-25, which is finer than float32 for draft-map values below 0.6.
 """
 
 import torch
@@ -20,18 +21,28 @@ DIGITS = ((25, 6), (19, 6), (9, 10), (0, 9))
 """(shift, bits) of a key's digits. The first two passes count all scores, the others only what is left near the
 threshold."""
 
+NEAREST = 1e-7
+"""Distances between a block's mean value and the output, relative to the largest there can be, that tell pairs apart."""
+
 _TOP = tl.constexpr(0x7FFFFFFF)
 
 
 def select(
-    query_means: Tensor, key_means: Tensor, scale: float, sparsity: float, budget: str, layout: TokenLayout,
+    query_means: Tensor,
+    key_means: Tensor,
+    value_means: Tensor | None,
+    scale: float,
+    sparsity: float,
+    budget: str,
+    layout: TokenLayout,
     kv_len: Tensor | None,
-) -> BlockMask:  # fmt: skip
-    """Chooses the same pairs as `plain.select`, up to the rounding of the scores.
+) -> BlockMask:
+    """Choose the same pairs as `plain.select`, up to the rounding of the scores.
 
     Args:
         query_means: `(B, H, Nv, D)` float32, contiguous.
         key_means: as `query_means`.
+        value_means: as `query_means`; None to score by mass alone.
         scale: factor on the scores.
         sparsity: share of the video pairs to skip, in [0, 1).
         budget: `"head"` or `"row"`.
@@ -44,11 +55,13 @@ def select(
     kv_len = None if kv_len is None else kv_len.to(device=device, dtype=torch.int32)
     kv_indices = torch.empty(batch, heads, num_blocks, num_blocks, dtype=torch.int32, device=device)
     kv_num_blocks = torch.empty(batch, heads, num_blocks, dtype=torch.int32, device=device)
-    flat = [tensor.flatten(0, 1) for tensor in (query_means, key_means, kv_indices, kv_num_blocks)]
+    means = [tensor.flatten(0, 1) for tensor in (query_means, key_means, value_means) if tensor is not None]
+    lists = kv_indices.flatten(0, 1), kv_num_blocks.flatten(0, 1)
     pick = {"head": _pick_by_head, "row": _pick_by_row}[budget]
     step = max(1, MAX_SCORES // max(1, num_video**2))
     for first in range(0, batch * heads, step):
-        queries, keys, indices, counts = (tensor[first : first + step] for tensor in flat)
+        some = slice(first, first + step)
+        indices, counts = (tensor[some] for tensor in lists)
         sizes = (kv_indices if kv_len is None else kv_len, num_video, num_blocks, first, heads, block)
         shape = {
             "HAS_LEN": kv_len is not None,
@@ -56,28 +69,44 @@ def select(
             "ANCHORS": triton.next_power_of_2(num_blocks - num_video + 1),
             "ALL": triton.next_power_of_2(num_blocks),
         }
-        pick(_scores(queries, keys, scale), sparsity, indices, counts, sizes, shape)
+        scores = _scores(*(tensor[some] for tensor in means), scale=scale)
+        pick(scores, value_means is not None, sparsity, indices, counts, sizes, shape)
     return BlockMask(kv_num_blocks, kv_indices, kv_len, layout.seq_len, block, num_video)
 
 
-def _scores(queries: Tensor, keys: Tensor, scale: float) -> Tensor:
-    """`(maps, n, n rounded up to 16)`, -inf behind column n: aligned rows are read 16 bytes at a time."""
+def _scores(queries: Tensor, keys: Tensor, values: Tensor | None = None, *, scale: float) -> Tensor:
+    """Compute `(maps, n, n rounded up to 16)` scores, -inf behind column n: aligned rows are read 16 bytes at a time.
+
+    By mass they are those of the draft; by value they are at most 0 and need no normalisation.
+    """
     maps, n, head_dim = queries.shape
     stride = triton.cdiv(n, 16) * 16
     scores = torch.empty(maps, n, stride, dtype=torch.float32, device=queries.device)
     tile, chunk = 128, 64
-    if n:
-        _scores_kernel[(triton.cdiv(stride, tile), triton.cdiv(n, tile), maps)](
-            queries, keys, scores, n, stride, scale, HEAD_DIM=head_dim,
-            PADDED_DIM=triton.cdiv(head_dim, chunk) * chunk, CHUNK=chunk, TILE=tile, num_warps=8,
+    if n == 0:
+        return scores
+    tiles = (triton.cdiv(stride, tile), triton.cdiv(n, tile), maps)
+    sizes = {"HEAD_DIM": head_dim, "PADDED_DIM": triton.cdiv(head_dim, chunk) * chunk, "CHUNK": chunk, "TILE": tile}
+    _scores_kernel[tiles](queries, keys, scores, n, stride, scale, **sizes, num_warps=8)
+    if values is not None:
+        values = values - values.mean(1, keepdim=True)  # distances stay, and are not lost in rounding
+        largest = 4 * values.square().sum(2).amax(1)  # no distance is above twice the longest value
+        outputs = torch.empty_like(values)
+        lse = torch.empty(maps, n, dtype=torch.float32, device=queries.device)
+        _outputs_kernel[(triton.cdiv(n, 64), maps)](
+            scores, values, outputs, lse, n, stride,
+            HEAD_DIM=head_dim, PADDED_DIM=max(16, triton.next_power_of_2(head_dim)), TILE=64, num_warps=4,
         )  # fmt: skip
+        _value_kernel[tiles](scores, outputs, values, lse, largest, n, stride, NEAREST**2, **sizes, num_warps=8)
     return scores
 
 
-def _pick_by_head(scores: Tensor, sparsity: float, indices: Tensor, counts: Tensor, sizes, shape) -> None:
+def _pick_by_head(
+    scores: Tensor, normalised: bool, sparsity: float, indices: Tensor, counts: Tensor, sizes, shape
+) -> None:
     maps, n, stride = scores.shape
     device = scores.device
-    row_lse = torch.empty(maps, n, dtype=torch.float32, device=device)
+    row_lse = torch.zeros(maps, n, dtype=torch.float32, device=device)
     histograms = torch.zeros(len(DIGITS), maps, 1024, dtype=torch.int32, device=device)
     threshold = torch.zeros(maps, dtype=torch.int32, device=device)
     ties = torch.zeros(maps, n, dtype=torch.int32, device=device)
@@ -87,7 +116,7 @@ def _pick_by_head(scores: Tensor, sparsity: float, indices: Tensor, counts: Tens
         for histogram, (shift, bits) in zip(histograms, DIGITS, strict=True):
             _histogram_kernel[(n, maps)](
                 scores, row_lse, histogram, threshold, n, stride,
-                FIRST=shift == DIGITS[0][0], SHIFT=shift, BITS=bits, COLUMNS=columns, num_warps=2,
+                NORMALISE=shift == DIGITS[0][0] and not normalised, SHIFT=shift, BITS=bits, COLUMNS=columns, num_warps=2,
             )  # fmt: skip
             _digit_kernel[(maps,)](histogram, wanted, threshold, SHIFT=shift, num_warps=4)
         _ties_kernel[(n, maps)](scores, row_lse, wanted, threshold, ties, n, stride, COLUMNS=columns, num_warps=2)
@@ -97,7 +126,9 @@ def _pick_by_head(scores: Tensor, sparsity: float, indices: Tensor, counts: Tens
     )
 
 
-def _pick_by_row(scores: Tensor, sparsity: float, indices: Tensor, counts: Tensor, sizes, shape) -> None:
+def _pick_by_row(
+    scores: Tensor, normalised: bool, sparsity: float, indices: Tensor, counts: Tensor, sizes, shape
+) -> None:
     maps, n, stride = scores.shape
     wanted = blocks_of_row(n, sparsity)
     _row_kernel[(counts.shape[-1], maps)](scores, wanted, indices, counts, stride, *sizes, **shape, num_warps=1)
@@ -129,6 +160,73 @@ def _scores_kernel(
 
 
 @triton.jit
+def _outputs_kernel(
+    scores_ptr, v_ptr, out_ptr, lse_ptr, n, stride,
+    HEAD_DIM: tl.constexpr, PADDED_DIM: tl.constexpr, TILE: tl.constexpr,
+):  # fmt: skip
+    """Compute the draft's output, each row's softmax over the mean values, and the log-sum-exp of its scores."""
+    map_id = tl.program_id(1).to(tl.int64)
+    row = tl.program_id(0) * TILE + tl.arange(0, TILE)
+    dims = tl.arange(0, PADDED_DIM)
+    peak = tl.full([TILE], float("-inf"), tl.float32)
+    total = tl.zeros([TILE], tl.float32)
+    acc = tl.zeros([TILE, PADDED_DIM], tl.float32)
+    for start in tl.range(0, n, TILE):
+        column = start + tl.arange(0, TILE)
+        scores = tl.load(
+            scores_ptr + (map_id * n + row)[:, None] * stride + column[None, :],
+            mask=(row < n)[:, None] & (column < n)[None, :], other=float("-inf"),
+        )  # fmt: skip
+        scores = tl.where((row < n)[:, None], scores, 0.0)  # rows behind the last are not stored
+        new_peak = tl.maximum(peak, tl.max(scores, 1))
+        weights = tl.exp(scores - new_peak[:, None])
+        shrink = tl.exp(peak - new_peak)
+        v = tl.load(
+            v_ptr + (map_id * n + column)[:, None] * HEAD_DIM + dims[None, :],
+            mask=(column < n)[:, None] & (dims < HEAD_DIM)[None, :], other=0.0,
+        )  # fmt: skip
+        acc = tl.dot(weights, v, acc * shrink[:, None], input_precision="tf32x3")
+        total = total * shrink + tl.sum(weights, 1)
+        peak = new_peak
+    to = out_ptr + (map_id * n + row)[:, None] * HEAD_DIM + dims[None, :]
+    tl.store(to, acc / total[:, None], mask=(row < n)[:, None] & (dims < HEAD_DIM)[None, :])
+    tl.store(lse_ptr + map_id * n + row, peak + tl.log(total), mask=row < n)
+
+
+@triton.jit
+def _value_kernel(
+    scores_ptr, out_ptr, v_ptr, lse_ptr, largest_ptr, n, stride, nearest,
+    HEAD_DIM: tl.constexpr, PADDED_DIM: tl.constexpr, CHUNK: tl.constexpr, TILE: tl.constexpr,
+):  # fmt: skip
+    """Turn scores by mass into scores by value, in place."""
+    map_id = tl.program_id(2).to(tl.int64)
+    row = tl.program_id(1) * TILE + tl.arange(0, TILE)
+    column = tl.program_id(0) * TILE + tl.arange(0, TILE)
+    products = tl.zeros([TILE, TILE], tl.float32)
+    of_rows = tl.zeros([TILE], tl.float32)
+    of_columns = tl.zeros([TILE], tl.float32)
+    for start in tl.range(0, PADDED_DIM, CHUNK):
+        dims = start + tl.arange(0, CHUNK)
+        o = tl.load(
+            out_ptr + (map_id * n + row)[:, None] * HEAD_DIM + dims[None, :],
+            mask=(row < n)[:, None] & (dims < HEAD_DIM)[None, :], other=0.0,
+        )  # fmt: skip
+        v = tl.load(
+            v_ptr + (map_id * n + column)[:, None] * HEAD_DIM + dims[None, :],
+            mask=(column < n)[:, None] & (dims < HEAD_DIM)[None, :], other=0.0,
+        )  # fmt: skip
+        products = tl.dot(o, v.T, products, input_precision="tf32x3")
+        of_rows += tl.sum(o * o, 1)
+        of_columns += tl.sum(v * v, 1)
+    distance = (of_rows[:, None] + of_columns[None, :] - 2 * products) / tl.load(largest_ptr + map_id)
+    at = scores_ptr + (map_id * n + row)[:, None] * stride + column[None, :]
+    mask = (row < n)[:, None] & (column < n)[None, :]
+    lse = tl.load(lse_ptr + map_id * n + row, mask=row < n, other=0.0)
+    scores = tl.load(at, mask=mask, other=0.0) - lse[:, None] + 0.5 * tl.log(tl.maximum(distance, nearest))
+    tl.store(at, scores, mask=mask)
+
+
+@triton.jit
 def _load_scores(scores_ptr, map_id, row, n, stride, COLUMNS: tl.constexpr):
     column = tl.arange(0, COLUMNS)
     at = (map_id.to(tl.int64) * n + row) * stride + column
@@ -154,15 +252,15 @@ def _logsumexp(scores):
 @triton.jit
 def _histogram_kernel(
     scores_ptr, lse_ptr, histogram_ptr, threshold_ptr, n, stride,
-    FIRST: tl.constexpr, SHIFT: tl.constexpr, BITS: tl.constexpr, COLUMNS: tl.constexpr,
+    NORMALISE: tl.constexpr, SHIFT: tl.constexpr, BITS: tl.constexpr, COLUMNS: tl.constexpr,
 ):  # fmt: skip
-    """Counts one digit of the keys whose higher digits are those of the threshold."""
+    """Count one digit of the keys whose higher digits are those of the threshold."""
     BINS: tl.constexpr = 1 << BITS
     row = tl.program_id(0)
     map_id = tl.program_id(1)
     histogram_ptr += map_id * 1024
     scores = _load_scores(scores_ptr, map_id, row, n, stride, COLUMNS)
-    if FIRST:
+    if NORMALISE:
         lse = _logsumexp(scores)
         tl.store(lse_ptr + map_id * n + row, lse)
     else:
@@ -181,7 +279,7 @@ def _histogram_kernel(
 
 @triton.jit
 def _digit_kernel(histogram_ptr, wanted_ptr, threshold_ptr, SHIFT: tl.constexpr):
-    """Finds the digit of the key that is the `wanted`-th largest, and how many are wanted from its bin."""
+    """Find the digit of the key that is the `wanted`-th largest, and how many are wanted from its bin."""
     map_id = tl.program_id(0)
     bins = tl.arange(0, 1024)
     counted = tl.load(histogram_ptr + map_id * 1024 + bins)
@@ -203,7 +301,7 @@ def _digit_kernel(histogram_ptr, wanted_ptr, threshold_ptr, SHIFT: tl.constexpr)
 def _ties_kernel(
     scores_ptr, lse_ptr, wanted_ptr, threshold_ptr, ties_ptr, n, stride, COLUMNS: tl.constexpr
 ):  # fmt: skip
-    """Counts each row's keys at the threshold, where only some of them are wanted."""
+    """Count each row's keys at the threshold, where only some of them are wanted."""
     row = tl.program_id(0)
     map_id = tl.program_id(1)
     if tl.load(wanted_ptr + map_id) > 0:
@@ -218,7 +316,7 @@ def _write_row(
     kv_len_ptr, n, num_blocks, first, heads, block,
     HAS_LEN: tl.constexpr, COLUMNS: tl.constexpr, ANCHORS: tl.constexpr, ALL: tl.constexpr,
 ):  # fmt: skip
-    """Writes one list: the keys above the threshold, the first ties in index order, then the anchors."""
+    """Write one list: the keys above the threshold, the first ties in index order, then the anchors."""
     valid = num_blocks
     if HAS_LEN:
         valid = (tl.load(kv_len_ptr + (first + map_id) // heads) + block - 1) // block
@@ -267,7 +365,7 @@ def _row_kernel(
     scores_ptr, wanted, indices_ptr, counts_ptr, stride, kv_len_ptr, n, num_blocks, first, heads, block,
     HAS_LEN: tl.constexpr, COLUMNS: tl.constexpr, ANCHORS: tl.constexpr, ALL: tl.constexpr,
 ):  # fmt: skip
-    """Finds a row's threshold bit by bit, in registers, and writes its list."""
+    """Find a row's threshold bit by bit, in registers, and writes its list."""
     row = tl.program_id(0)
     map_id = tl.program_id(1)
     scores = _load_scores(scores_ptr, map_id, row, n, stride, COLUMNS)

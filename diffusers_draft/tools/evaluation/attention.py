@@ -8,10 +8,11 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.nn.functional import scaled_dot_product_attention
 
 from ...api import enable_draft_attention
 from ...attention.call import Call
+from ...attention.ops import attended
+from ...attention.steps.plain import attend_to_valid
 from ...patching.forward import AttentionCall
 from .mass import block_mass
 from .selection import SELECTIONS
@@ -93,7 +94,7 @@ class _Watch:
         return {}
 
     def attend(self, call: AttentionCall) -> Tensor:
-        out = _dense(call)
+        out = attend_to_valid(call.query, call.key, call.value, call.kv_len, call.scale)
         sampled = call.path in self.layers[self.component] and self.forwards[self.step] == 1
         if sampled and self.step in spread(self.samples.steps, self.pipe.num_timesteps):
             heads = spread(self.samples.heads, call.query.shape[2])
@@ -136,7 +137,7 @@ def measure_call(
     if not layout.num_video_blocks:
         raise ValueError(f"The video has fewer tokens than a block of {layout.block}: nothing is sparse.")
     mask = call.select(config.sparsity, SELECTIONS[setting.selection](call, generator))
-    out = call.restore(call.attend(mask))
+    out = attended(call, mask, 0 if call.skips_pairs(config.sparsity) else None).out
     mass = block_mass(call.query, call.key, layout.num_video_blocks, layout.block, call.scale, kv_len)
     best = call.select(config.sparsity, mass[..., : mass.shape[2]])
     columns = (_error(out, dense, call), _kept(mass, mask), _kept(mass, best))
@@ -147,18 +148,6 @@ def spread(count: int, total: int) -> list[int]:
     """At most `count` indices below `total`, evenly spaced, none of them at an end if there are more."""
     count = min(count, total)
     return [int((index + 0.5) * total / count) for index in range(count)]
-
-
-def _dense(call: AttentionCall) -> Tensor:
-    """Attend densely to the valid keys of each sample: `(B, S, H, D)`."""
-    lengths = [call.key.shape[1]] * len(call.key) if call.kv_len is None else call.kv_len.tolist()
-    samples = []
-    for sample, length in enumerate(lengths):
-        q, k, v = call.query[sample], call.key[sample, :length], call.value[sample, :length]
-        q, k, v = (tensor.transpose(0, 1)[None] for tensor in (q, k, v))
-        out = scaled_dot_product_attention(q, k, v, scale=call.scale)
-        samples.append(out.transpose(1, 2))
-    return torch.cat(samples)
 
 
 def _error(out: Tensor, dense: Tensor, call: Call) -> list[float]:

@@ -12,12 +12,12 @@ from ...patching.forward import AttentionCall, Hook
 from .mass import block_mass
 
 Scores = Callable[[Call, torch.Generator], Tensor]
-"""Makes `(B, H, Nv, Nv)` float32 scores of the pairs of video blocks, all at most 1; the largest are kept."""
+"""Makes `(B, H, Nv, Nv)` float32 scores of the pairs of video blocks; the largest are kept."""
 
 
 def draft(call: Call, generator: torch.Generator) -> Tensor:
-    """Score by the draft map, as the library does."""
-    return call.draft()
+    """Score as the library does."""
+    return call.scores()
 
 
 def oracle(call: Call, generator: torch.Generator) -> Tensor:
@@ -63,6 +63,8 @@ def selecting(selection: str, seed: int) -> Hook:
             return None
         query, key, value, geometry, kv_len, numbers, method, scale = seen.arguments
         call = Call.order(query, key, value, geometry, kv_len, Method.from_tensor(method), scale)
-        return attended(call, call.select(numbers.item(), SELECTIONS[selection](call, generator)))
+        sparsity, number = numbers.tolist()
+        mask = call.select(sparsity, SELECTIONS[selection](call, generator))
+        return attended(call, mask, int(number) if call.skips_pairs(sparsity) else None)
 
     return attend

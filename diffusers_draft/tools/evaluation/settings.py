@@ -10,7 +10,7 @@ from ...attention.method import format_tile, parse_tile
 from ...config import DraftConfig
 from .selection import SELECTIONS
 
-ALWAYS_NAMED = ("sparsity", "budget", "tile")
+ALWAYS_NAMED = ("sparsity", "schedule", "score", "probes", "budget", "tile")
 """Options that a setting's name shows even if they are the default, which may change after a study was recorded."""
 
 
@@ -52,6 +52,9 @@ def _selection(text: str) -> str:
 
 PARSERS: dict[str, Callable[[str], Any]] = {
     "sparsity": float,
+    "schedule": str,
+    "score": str,
+    "probes": int,
     "budget": str,
     "tile": parse_tile,
     "dense_steps": float,
