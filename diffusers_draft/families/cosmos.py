@@ -1,4 +1,4 @@
-"""Cosmos 1, 2 and 2.5 and the control network of Cosmos 2.5 Transfer: video tokens alone."""
+"""Cosmos 1, 2 and 2.5 and the control network of Cosmos 2.5 Transfer: self-attention over video tokens alone."""
 
 from typing import Any
 
@@ -8,7 +8,10 @@ from .locate.latents import channels_first, patched
 
 
 def controlled(inputs: Inputs, config: Any) -> VideoTokens:
-    """Tokens of `controls_latents` `(B, C, F, H, W)` (controlnet_cosmos.py `forward`)."""
+    """Locate the video tokens, all tokens of `controls_latents` `(B, C, F, H, W)`.
+
+    As in diffusers, controlnet_cosmos.py `forward`.
+    """
     return VideoTokens(grid=patched(inputs["controls_latents"].shape[2:], config.patch_size))
 
 

@@ -1,4 +1,4 @@
-"""HunyuanVideo (and HunyuanCustom, which has the same transformer): video tokens, then right-padded text."""
+"""HunyuanVideo (and HunyuanCustom, which has the same transformer): joint self-attention, right-padded text last."""
 
 import math
 from typing import Any
@@ -11,7 +11,7 @@ from .locate.latents import channels_first
 
 
 def video(inputs: Inputs, config: Any) -> VideoTokens:
-    """Tokens of `hidden_states` `(B, C, F, H, W)` after patching, then each sample's valid text.
+    """Locate the video tokens, of `hidden_states` `(B, C, F, H, W)`, in front of each sample's valid text.
 
     As in diffusers, transformer_hunyuan_video.py `forward`.
     """

@@ -1,4 +1,4 @@
-"""Mochi: video tokens, then valid text."""
+"""Mochi: joint self-attention, valid text behind the video tokens."""
 
 import math
 from typing import Any
@@ -12,7 +12,10 @@ from .processors.mochi import attend_to_valid_text
 
 
 def video(inputs: Inputs, config: Any) -> VideoTokens:
-    """Tokens of `hidden_states` `(B, C, F, H, W)`, then each sample's valid text (transformer_mochi.py `forward`)."""
+    """Locate the video tokens, of `hidden_states` `(B, C, F, H, W)`, in front of each sample's valid text.
+
+    As in diffusers, transformer_mochi.py `forward`.
+    """
     grid = channels_first(inputs, config).grid
     text = inputs["encoder_attention_mask"].sum(dim=1, dtype=torch.int32)
     return VideoTokens(grid=grid, kv_len=text + math.prod(grid))
