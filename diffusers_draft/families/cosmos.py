@@ -1,5 +1,6 @@
 """Cosmos 1, 2 and 2.5 and the control network of Cosmos 2.5 Transfer: self-attention over video tokens alone."""
 
+import dataclasses
 from typing import Any
 
 from . import splits
@@ -26,13 +27,10 @@ COSMOS = Family(
     split=splits.NO_PARALLEL_CONFIG,
 )
 
-COSMOS_CONTROL = Family(
+COSMOS_CONTROL = dataclasses.replace(
+    COSMOS,
     name="Cosmos control network",
     layers=("control_blocks.*.attn1",),
-    processors=("CosmosAttnProcessor2_0",),
     video=controlled,
     dense_layers=("control_blocks.0.attn1",),
-    dense_steps=0.25,
-    scheduler_units=False,
-    split=splits.NO_PARALLEL_CONFIG,
 )

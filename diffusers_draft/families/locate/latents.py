@@ -4,6 +4,8 @@ import math
 from collections.abc import Sequence
 from typing import Any
 
+import torch
+
 from ...attention.layout import Grid
 from ..family import Inputs, VideoTokens
 
@@ -23,6 +25,16 @@ def patch_of(config: Any) -> Sequence[int]:
 def channels_first(inputs: Inputs, config: Any) -> VideoTokens:
     """Locate the video tokens, all tokens of `hidden_states` `(B, C, F, H, W)`."""
     return VideoTokens(grid=patched(inputs["hidden_states"].shape[2:], patch_of(config)))
+
+
+def in_front_of_text(inputs: Inputs, config: Any) -> VideoTokens:
+    """Locate the video tokens, of `hidden_states` `(B, C, F, H, W)`, in front of each sample's valid text.
+
+    `encoder_attention_mask` is `(B, L)`, and only the number of its valid tokens counts.
+    """
+    grid = channels_first(inputs, config).grid
+    text = inputs["encoder_attention_mask"].sum(dim=1, dtype=torch.int32)
+    return VideoTokens(grid=grid, kv_len=text + math.prod(grid))
 
 
 def channels_last(inputs: Inputs, config: Any) -> VideoTokens:
