@@ -1,4 +1,4 @@
-"""`python -m diffusers_draft` is the `diffusers-draft` command."""
+"""Run the `diffusers-draft` command by `python -m diffusers_draft`."""
 
 import sys
 

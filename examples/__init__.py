@@ -1,1 +1,1 @@
-"""What can be done with the library and is not part of it."""
+"""Examples that use the library and are not part of its package."""

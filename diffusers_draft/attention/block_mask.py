@@ -40,11 +40,11 @@ class BlockMask:
         return (self.valid_len - 1) // self.block
 
     def density(self) -> Tensor:
-        """Scalar float32: computed block pairs over all pairs of query blocks and blocks with valid keys."""
+        """Compute, as a scalar float32, computed block pairs over all pairs of query blocks and blocks with valid keys."""
         return density(self.kv_num_blocks, self.tail_block + 1)
 
     def to_dense(self) -> Tensor:
-        """`(B, H, N, N)` bool: is this key block kept for this query block?"""
+        """Make `(B, H, N, N)` bool: is this key block kept for this query block?"""
         num_blocks = self.kv_indices.shape[-1]
         listed = torch.arange(num_blocks, device=self.kv_indices.device) < self.kv_num_blocks[..., None]
         columns = torch.where(listed, self.kv_indices, num_blocks).long()
@@ -53,7 +53,7 @@ class BlockMask:
 
 
 def density(kv_num_blocks: Tensor, valid_blocks: Tensor) -> Tensor:
-    """Share of block pairs that were computed.
+    """Compute the share of block pairs that were computed.
 
     Args:
         kv_num_blocks: `(B, H, N)` computed key blocks of each query block.

@@ -39,7 +39,7 @@ class TokenLayout:
 
 
 def walk(grid: Grid, tile: Tile) -> Tensor:
-    """Visits every token of the grid so that any run of consecutive tokens is a compact patch.
+    """Visit every token of the grid so that any run of consecutive tokens is a compact patch.
 
     Frames are split into slabs of nearly equal depth, of one frame where the tile has no depth, and the rows of a slab
     into strips of nearly equal height. The walk goes column by column along one strip and back along the next. Every
@@ -63,7 +63,7 @@ def walk(grid: Grid, tile: Tile) -> Tensor:
 
 
 def _parts(tokens: Tensor, size: int, dim: int) -> Sequence[Tensor]:
-    """Cuts into `round(length / size)` parts of nearly equal length."""
+    """Cut into `round(length / size)` parts of nearly equal length."""
     length = tokens.shape[dim]
     count = max(1, round(length / size))
     return tokens.tensor_split([part * length // count for part in range(1, count)], dim)
@@ -71,7 +71,7 @@ def _parts(tokens: Tensor, size: int, dim: int) -> Sequence[Tensor]:
 
 @functools.lru_cache(maxsize=8)  # grids change during a run; those of old ones are let go
 def token_layout(grid: Grid, prefix: int, seq_len: int, tile: Tile, device: torch.device) -> TokenLayout:
-    """Builds, once for each set of arguments, the order for `seq_len` tokens of which `grid` start at `prefix`.
+    """Build, once for each set of arguments, the order for `seq_len` tokens of which `grid` start at `prefix`.
 
     Raises:
         ValueError: if the sequence is too short to hold the grid behind the prefix.

@@ -1,7 +1,8 @@
 """The `diffusers-draft` command: one module of this package for each subcommand.
 
 A subcommand module has `add_parser(subparsers)`, which adds its parser and sets its function by
-`parser.set_defaults(run=run)`. `run` takes the parsed arguments and raises `CommandError` for what the user can mend.
+`parser.set_defaults(run=run)`. `run` takes the parsed arguments and raises `CommandError` for errors that the user can
+fix.
 """
 
 import argparse
@@ -21,16 +22,16 @@ SUBCOMMANDS = {
     "bench": "bench",
     "models": "models",
 }
-"""Names and the modules behind them."""
+"""Name of each subcommand -> its module in this package."""
 
 
 class CommandError(Exception):
-    """What the user asked for cannot be done. The message is one line that says why and what to do."""
+    """An error that the user can fix. Its message is one line that says what is wrong and what to do."""
 
 
 @contextlib.contextmanager
 def one_line(*errors: type[Exception]) -> Iterator[None]:
-    """Turns these errors into `CommandError`s whose message is one line."""
+    """Raise `CommandError` with a one-line message instead of the given errors."""
     try:
         yield
     except errors as error:
@@ -43,19 +44,19 @@ class _Parser(argparse.ArgumentParser):
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Runs one subcommand.
+    """Parse the command line and run one subcommand.
 
     Args:
         argv: the arguments without the program's name; by default those of the process.
 
     Returns:
-        The exit code 0. Errors that the user can mend end the process with code 2 and one line on stderr.
+        The exit code 0. Errors that the user can fix end the process with code 2 and one line on stderr.
     """
     argv = sys.argv[1:] if argv is None else list(argv)
     parser = _Parser(prog="diffusers-draft", description="Block-sparse attention for diffusers video transformers.")
     parser.add_argument("--version", action="version", version=__version__)
     subparsers = parser.add_subparsers(required=True, metavar="command")
-    # Only the subcommand that was asked for is imported; all of them for --help and for a wrong name.
+    # Import only the subcommand that was asked for; import all of them for --help and for a wrong name.
     for name in argv[:1] if argv[:1] and argv[0] in SUBCOMMANDS else SUBCOMMANDS:
         importlib.import_module(f".{SUBCOMMANDS[name]}", __name__).add_parser(subparsers)
     args = parser.parse_args(argv)

@@ -1,4 +1,4 @@
-"""`diffusers-draft bench`: times draft attention against the dense attention of this machine."""
+"""The command `diffusers-draft bench`: time draft attention against dense attention on this machine."""
 
 import argparse
 import json
@@ -21,6 +21,7 @@ from .ranks import Ranks, add_ulysses, together
 
 
 def add_parser(subparsers) -> None:
+    """Add `bench` to the command line."""
     bench = subparsers.add_parser("bench", help="measure speed on this machine")
     what = bench.add_subparsers(dest="what", required=True)
     _add_attention(what.add_parser("attention", help="one attention call: dense baselines, backends, stages"))
@@ -62,6 +63,11 @@ def _add_model(parser: argparse.ArgumentParser) -> None:
 
 
 def run_attention(args: argparse.Namespace) -> None:
+    """Time one attention call and print the table.
+
+    Raises:
+        CommandError: for an option that is out of range.
+    """
     try:
         for sparsity in args.sparsity:
             DraftConfig(sparsity=sparsity, tile=args.tile)
@@ -100,6 +106,11 @@ def run_attention(args: argparse.Namespace) -> None:
 
 
 def run_model(args: argparse.Namespace) -> None:
+    """Time one denoising step of a transformer and predict the time of a whole run.
+
+    Raises:
+        CommandError: if there is no CUDA GPU.
+    """
     if not torch.cuda.is_available():
         raise CommandError("bench model needs a CUDA GPU: a real transformer's step takes minutes on a CPU.")
     with together(args.ulysses) as ranks:

@@ -1,4 +1,4 @@
-"""`diffusers-draft demo`: one small video, dense and with draft attention, side by side."""
+"""The command `diffusers-draft demo`: generate one small video dense and with draft attention, side by side."""
 
 import argparse
 from pathlib import Path
@@ -16,12 +16,13 @@ GIF = "dense-and-draft.gif"
 PICTURE = "draft-map.png"
 GUIDANCE = 3.0
 TILE = (2, 4, 4)
-"""Blocks smaller than usual: of the usual ones so small a video has 51, a real one a thousand."""
+"""Tokens of a block, fewer than by default: this small video has only 51 blocks of the default size, a real video
+about a thousand."""
 PROMPT = "a big white dotted circle bouncing over green checks, camera pans right"
 
 
 def add_parser(subparsers: argparse._SubParsersAction) -> None:
-    """Adds `demo` to the command line."""
+    """Add `demo` to the command line."""
     parser = subparsers.add_parser(
         "demo",
         help="generate a small video dense and with draft attention",
@@ -41,7 +42,7 @@ def add_parser(subparsers: argparse._SubParsersAction) -> None:
 
 
 def run(args: argparse.Namespace) -> None:
-    """Generates the two videos, prints what happened and writes the pictures.
+    """Generate the two videos, print the report and their fidelity, and write the files.
 
     Raises:
         CommandError: for arguments out of range, a missing package or a folder that cannot be written.

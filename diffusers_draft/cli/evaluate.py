@@ -1,4 +1,4 @@
-"""`diffusers-draft eval`: what sparsity costs in fidelity, and what it saves in time."""
+"""The command `diffusers-draft eval`: measure what sparsity costs in fidelity and saves in time."""
 
 import argparse
 import dataclasses
@@ -19,11 +19,11 @@ LISTS = {
     "backend": "for example torch triton",
     "selection": "what chooses the blocks: draft, or a baseline: random, local, oracle",
 }
-"""Options of draft attention that take a list of values -> help."""
+"""Option that takes a list of values -> its help text."""
 
 
 def add_parser(subparsers: argparse._SubParsersAction) -> None:
-    """Adds `eval` to the command line."""
+    """Add `eval` to the command line."""
     parser = subparsers.add_parser(
         "eval",
         help="compare draft attention with dense attention on many prompts",
@@ -55,11 +55,11 @@ def add_parser(subparsers: argparse._SubParsersAction) -> None:
 
 
 def run(args: argparse.Namespace) -> None:
-    """Reads and checks everything, then runs what is not done yet and writes the results.
+    """Check the arguments, run the clips that are missing in the study, and write the results.
 
     Raises:
-        CommandError: for a file that cannot be read, an option that is wrong, a missing package or a full disk. What
-            was finished before stays.
+        CommandError: for a file that cannot be read, an option that is wrong, a missing package or a full disk.
+            Results that were finished before stay.
     """
     check_packages("eval", "imageio", "imageio_ffmpeg", "transformers", "ftfy", "matplotlib", "torchmetrics", "tqdm")
     from ..tools.evaluation import Store, Study, read_prompts

@@ -1,4 +1,4 @@
-"""`diffusers-draft generate`: a video from any diffusers pipeline that draft attention knows."""
+"""The command `diffusers-draft generate`: generate a video with any supported diffusers pipeline."""
 
 import argparse
 from pathlib import Path
@@ -12,7 +12,7 @@ from .ranks import Ranks, add_ulysses, together
 
 
 def add_parser(subparsers: argparse._SubParsersAction) -> None:
-    """Adds `generate` to the command line."""
+    """Add `generate` to the command line."""
     parser = subparsers.add_parser(
         "generate",
         help="generate a video with any supported diffusers model",
@@ -40,11 +40,11 @@ def add_parser(subparsers: argparse._SubParsersAction) -> None:
 
 
 def run(args: argparse.Namespace) -> None:
-    """Checks everything that can be checked, loads, generates, writes.
+    """Check the options, load the pipeline, generate the video and write it.
 
     Raises:
-        CommandError: if the model, the image or an option is wrong, or the video cannot be written; then its frames
-            are kept and the message says where.
+        CommandError: if the model, the image or an option is wrong, or the video cannot be written. In the last case
+            its frames are kept, and the message says where.
     """
     check_packages("generate", "imageio", "imageio_ffmpeg", "transformers", "ftfy")
     with together(args.ulysses) as ranks:

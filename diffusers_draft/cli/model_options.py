@@ -1,4 +1,4 @@
-"""The options of the commands that run a diffusers pipeline: which model, how it is held, what is asked of it."""
+"""Options shared by commands that run a diffusers pipeline: which model, how to load it, arguments of its call."""
 
 import argparse
 from collections.abc import Callable
@@ -20,11 +20,11 @@ CALL = {
     "steps": "num_inference_steps",
     "guidance_scale": "guidance_scale",
 }
-"""Option -> argument of the pipeline's call."""
+"""Command-line option -> argument of the pipeline's call."""
 
 
 def add_model_options(parser: argparse.ArgumentParser) -> None:
-    """Adds the options that `model`, `call` and `image` read."""
+    """Add the options that `model`, `call` and `image` read."""
     parser.add_argument("--model", required=True, help="hub id or folder of a diffusers pipeline")
     parser.add_argument("--image", type=Path, help="what the video starts from, for image-to-video models")
     parser.add_argument("--negative-prompt", help="what the video shall not show")
@@ -47,12 +47,13 @@ def add_model_options(parser: argparse.ArgumentParser) -> None:
 
 
 def check_packages(extra: str, *packages: str) -> None:
-    """Raises CommandError if a package of an extra is missing."""
+    """Raise CommandError if a package is missing; the message names the extra that installs it."""
     if missing := [package for package in packages if find_spec(package) is None]:
         raise CommandError(f"{', '.join(missing)} is not installed: pip install 'diffusers-draft[{extra}]'")
 
 
 def model(args: argparse.Namespace) -> Model:
+    """Describe the model to load, from the options."""
     return Model(
         name=args.model,
         dtype=getattr(torch, args.dtype) if args.dtype else None,
@@ -64,12 +65,12 @@ def model(args: argparse.Namespace) -> Model:
 
 
 def call(args: argparse.Namespace) -> dict[str, Any]:
-    """The arguments of the pipeline's call that were given."""
+    """Collect the arguments of the pipeline's call that were given as options."""
     return {name: getattr(args, option) for option, name in CALL.items() if getattr(args, option) is not None}
 
 
 def image(args: argparse.Namespace) -> Image.Image | None:
-    """Reads `--image`.
+    """Read the image given as `--image`.
 
     Raises:
         CommandError: if it is not a readable image.
@@ -81,10 +82,14 @@ def image(args: argparse.Namespace) -> Image.Image | None:
 
 
 def loaded(args: argparse.Namespace, prepare: Callable[[Any], None] = lambda pipe: None) -> Any:
-    """Loads `--model`; `prepare` gets it before it is offloaded or moved to the accelerator.
+    """Load the pipeline given as `--model`.
+
+    Args:
+        args: the parsed options.
+        prepare: gets the pipeline before it is offloaded or moved to the accelerator.
 
     Raises:
-        CommandError: if it cannot be loaded, or does not fit the other options.
+        CommandError: if the pipeline cannot be loaded or does not fit the other options.
     """
     with one_line(OSError, ValueError, ImportError, torch.OutOfMemoryError):
         return load(model(args), with_image=args.image is not None, prepare=prepare)

@@ -1,4 +1,4 @@
-"""`diffusers-draft models`: what is supported."""
+"""The command `diffusers-draft models`: print the table of supported models."""
 
 import argparse
 
@@ -6,7 +6,7 @@ from ..tools.catalogue import models_table
 
 
 def add_parser(subparsers: argparse._SubParsersAction) -> None:
-    """Adds `models` to the command line."""
+    """Add `models` to the command line."""
     parser = subparsers.add_parser(
         "models",
         help="list the supported models",
@@ -16,4 +16,5 @@ def add_parser(subparsers: argparse._SubParsersAction) -> None:
 
 
 def run(args: argparse.Namespace) -> None:
+    """Print the table of supported models as Markdown."""
     print(models_table())

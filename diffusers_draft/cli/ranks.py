@@ -1,4 +1,4 @@
-"""One command in several processes, as `torchrun` and `accelerate launch` start them: a rank for each GPU."""
+"""Run one command in several processes, one for each GPU, started by `torchrun` or `accelerate launch`."""
 
 import argparse
 import contextlib
@@ -14,14 +14,14 @@ import torch.distributed as dist
 from . import CommandError, one_line
 
 PATIENCE = {"gloo": datetime.timedelta(seconds=50), "nccl": datetime.timedelta(minutes=10)}
-"""How long a rank waits for another in one exchange before it gives up. NCCL counts from the call, which comes long
-before it is the exchange's turn on the GPU."""
+"""Timeout of one exchange between ranks, by backend. NCCL counts from the call, long before the exchange starts on the
+GPU."""
 LOADING = datetime.timedelta(hours=2)
-"""How long a rank waits until all have loaded the model, which one of them may download."""
+"""Timeout for loading the model in all ranks, which may include a download."""
 
 
 def add_ulysses(parser: argparse.ArgumentParser) -> None:
-    """Adds `--ulysses`."""
+    """Add the option `--ulysses`."""
     parser.add_argument(
         "--ulysses",
         type=int,
@@ -32,10 +32,10 @@ def add_ulysses(parser: argparse.ArgumentParser) -> None:
 
 
 class Ranks:
-    """The processes of this command; only one where the video is not split.
+    """The group of processes that runs this command; a single process if the video is not split.
 
     Attributes:
-        rank: of this process.
+        rank: rank of this process.
         size: number of processes.
     """
 
@@ -44,11 +44,11 @@ class Ranks:
 
     @property
     def first(self) -> bool:
-        """Whether this process writes and prints."""
+        """Whether this process is the one that prints and writes files."""
         return self.rank == 0
 
     def split(self, pipe: Any) -> None:
-        """Splits a pipeline or transformer over the ranks, once all have it.
+        """Split a pipeline or transformer over the ranks, after all of them have loaded it.
 
         Raises:
             CommandError: if it cannot be split.
@@ -68,15 +68,15 @@ class Ranks:
 
 @contextlib.contextmanager
 def together(ulysses: int) -> Iterator[Ranks]:
-    """Joins the processes of a command; only the first prints what is not an error.
+    """Join the process group of the command; ranks other than the first print nothing but errors.
 
     Args:
-        ulysses: how many processes there should be.
+        ulysses: expected number of processes.
 
     Raises:
-        CommandError: if there are others than `--ulysses` says or too few GPUs, or if one of them fails. `torchrun`
-            and `accelerate launch` then end the others; without them, each waits as long as `PATIENCE` has it, or
-            `LOADING` before all have the model.
+        CommandError: if the number of processes differs from `ulysses`, there are too few GPUs, or a process fails.
+            `torchrun` and `accelerate launch` then end the other processes; without them each one waits for
+            `PATIENCE`, or for `LOADING` before all have loaded the model.
     """
     size = int(os.environ.get("WORLD_SIZE", 1))
     if ulysses < 1 or size != ulysses:
@@ -98,7 +98,7 @@ def together(ulysses: int) -> Iterator[Ranks]:
 
 
 def _join() -> None:
-    """Takes this rank's GPU, if there are any, and meets the other ranks."""
+    """Select this rank's GPU, if there are any, and initialize the process group."""
     local = int(os.environ.get("LOCAL_RANK", os.environ["RANK"]))
     backend = "gloo"
     if accelerator := torch.accelerator.current_accelerator(check_available=True):
@@ -111,7 +111,7 @@ def _join() -> None:
 
 
 def _reason(error: Exception) -> str:
-    """What to say of an error that may be another rank's."""
+    """Write the message of an error, and say if another rank is its likely cause."""
     cause = error.__cause__ or error
     lost = isinstance(cause, dist.DistError) or "gloo" in str(cause).lower()
     line = " ".join(str(error).split())
@@ -120,7 +120,7 @@ def _reason(error: Exception) -> str:
 
 @contextlib.contextmanager
 def _silenced(silent: bool) -> Iterator[None]:
-    """Keeps a rank from printing what the first one prints as well."""
+    """Discard standard output and progress bars of the body if `silent`."""
     if not silent:
         yield
         return

@@ -1,4 +1,4 @@
-"""`diffusers-draft table`: the numbers of a study, made again from its clips."""
+"""The command `diffusers-draft table`: compute the table of a finished study again from its records."""
 
 import argparse
 from pathlib import Path
@@ -8,7 +8,7 @@ from .model_options import check_packages
 
 
 def add_parser(subparsers: argparse._SubParsersAction) -> None:
-    """Adds `table` to the command line."""
+    """Add `table` to the command line."""
     parser = subparsers.add_parser(
         "table",
         help="print the table of a finished eval",
@@ -19,10 +19,10 @@ def add_parser(subparsers: argparse._SubParsersAction) -> None:
 
 
 def run(args: argparse.Namespace) -> None:
-    """Prints a table for each file.
+    """Print the table of each `results.json`.
 
     Raises:
-        CommandError: for a file that cannot be read or is none of eval's, and for a missing package.
+        CommandError: for a file that cannot be read or was not written by `eval`, and for a missing package.
     """
     check_packages("eval", "imageio", "imageio_ffmpeg", "torchmetrics", "matplotlib", "tqdm")
     from ..tools.evaluation.results import read_results

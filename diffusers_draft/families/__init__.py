@@ -1,4 +1,4 @@
-"""The transformers that draft attention knows: one file of data for each family, one table for all."""
+"""Supported transformer families: one data file each, and the table that finds them by class name."""
 
 import importlib
 
@@ -33,15 +33,16 @@ _TABLE = {
     "AllegroTransformer3DModel": "allegro.ALLEGRO",
     "EasyAnimateTransformer3DModel": "easyanimate.EASYANIMATE",
 }
+"""diffusers class name -> file and name of its family."""
 
 
 def families() -> dict[str, Family]:
-    """Load the table: diffusers class name -> family."""
+    """Load all families, by the class name of their transformer in diffusers."""
     return {name: _load(place) for name, place in _TABLE.items()}
 
 
 def family_of(transformer: nn.Module) -> Family | None:
-    """Find the family of a diffusers transformer or of a subclass of one; None if it is not known."""
+    """Find the family of a diffusers transformer or of a subclass of one; return None if it is not supported."""
     for cls in type(transformer).__mro__:
         if cls.__module__.startswith("diffusers.") and cls.__name__ in _TABLE:
             return _load(_TABLE[cls.__name__])

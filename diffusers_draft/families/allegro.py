@@ -1,4 +1,4 @@
-"""Allegro: video tokens alone."""
+"""Allegro: self-attention over video tokens alone."""
 
 from . import splits
 from .family import Family

@@ -1,4 +1,4 @@
-"""AnyFlow: Wan's layout with the frames in front of the channels."""
+"""AnyFlow: self-attention over video tokens alone, as in Wan; latents are `(B, F, C, H, W)`."""
 
 from .family import Family, Refusal
 from .locate.latents import frames_first

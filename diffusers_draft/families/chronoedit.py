@@ -1,4 +1,4 @@
-"""ChronoEdit: Wan's layout; the number of frames drops in the middle of a run."""
+"""ChronoEdit: self-attention over video tokens alone, as in Wan; the number of frames drops in the middle of a run."""
 
 from . import splits
 from .family import Family

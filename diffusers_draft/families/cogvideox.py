@@ -1,4 +1,4 @@
-"""CogVideoX 1.0 and 1.5 and ConsisID: text in front of the video tokens."""
+"""CogVideoX 1.0 and 1.5 and ConsisID: joint self-attention, text in front of the video tokens."""
 
 import dataclasses
 from typing import Any
@@ -9,7 +9,10 @@ from .locate.latents import frames_first
 
 
 def video(inputs: Inputs, config: Any) -> VideoTokens:
-    """Text, then tokens of `hidden_states` `(B, F, C, H, W)` (cogvideox_transformer_3d.py `forward`)."""
+    """Locate the video tokens, of `hidden_states` `(B, F, C, H, W)`, behind the text.
+
+    As in diffusers, cogvideox_transformer_3d.py `forward`.
+    """
     return VideoTokens(grid=frames_first(inputs, config).grid, prefix=inputs["encoder_hidden_states"].shape[1])
 
 

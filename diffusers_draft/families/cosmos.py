@@ -1,5 +1,6 @@
-"""Cosmos 1, 2 and 2.5 and the control network of Cosmos 2.5 Transfer: video tokens alone."""
+"""Cosmos 1, 2 and 2.5 and the control network of Cosmos 2.5 Transfer: self-attention over video tokens alone."""
 
+import dataclasses
 from typing import Any
 
 from . import splits
@@ -8,7 +9,10 @@ from .locate.latents import channels_first, patched
 
 
 def controlled(inputs: Inputs, config: Any) -> VideoTokens:
-    """Tokens of `controls_latents` `(B, C, F, H, W)` (controlnet_cosmos.py `forward`)."""
+    """Locate the video tokens, all tokens of `controls_latents` `(B, C, F, H, W)`.
+
+    As in diffusers, controlnet_cosmos.py `forward`.
+    """
     return VideoTokens(grid=patched(inputs["controls_latents"].shape[2:], config.patch_size))
 
 
@@ -24,14 +28,10 @@ COSMOS = Family(
     split=splits.NO_PARALLEL_CONFIG,
 )
 
-COSMOS_CONTROL = Family(
+COSMOS_CONTROL = dataclasses.replace(
+    COSMOS,
     name="Cosmos control network",
     layers=("control_blocks.*.attn1",),
-    processors=("CosmosAttnProcessor2_0",),
     video=controlled,
     dense_layers=("control_blocks.0.attn1",),
-    dense_steps=0.25,
-    top_timestep=None,
-    scheduler_units=False,
-    split=splits.NO_PARALLEL_CONFIG,
 )

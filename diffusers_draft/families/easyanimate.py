@@ -1,4 +1,4 @@
-"""EasyAnimate: text of one or two encoders in front of the video tokens."""
+"""EasyAnimate: joint self-attention, text of one or two encoders in front of the video tokens."""
 
 from typing import Any
 
@@ -8,7 +8,10 @@ from .locate.latents import channels_first
 
 
 def video(inputs: Inputs, config: Any) -> VideoTokens:
-    """Texts, then tokens of `hidden_states` `(B, C, F, H, W)` (transformer_easyanimate.py `forward`)."""
+    """Locate the video tokens, of `hidden_states` `(B, C, F, H, W)`, behind the texts.
+
+    As in diffusers, transformer_easyanimate.py `forward`.
+    """
     texts = [inputs.get(name) for name in ("encoder_hidden_states", "encoder_hidden_states_t5")]
     prefix = sum(text.shape[1] for text in texts if text is not None)
     return VideoTokens(grid=channels_first(inputs, config).grid, prefix=prefix)

@@ -1,4 +1,4 @@
-"""What is said of a family of transformers, and of one forward of it."""
+"""Types that describe a family of transformers and the video tokens of one of its forwards."""
 
 import functools
 import inspect
@@ -12,17 +12,17 @@ from torch import Tensor, nn
 from ..attention.layout import Grid
 
 Inputs = dict[str, Any]
-"""Arguments of one transformer forward, by name."""
+"""Arguments of one transformer forward, by parameter name."""
 
 
 @functools.cache
 def parameter_names(forward: Callable[..., Any]) -> tuple[str, ...]:
-    """List the arguments that the `forward` of a module's class takes, without `self`."""
+    """List the parameter names of a module class's `forward`, without `self`."""
     return tuple(inspect.signature(forward).parameters)[1:]
 
 
 def inputs_of(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Inputs:
-    """Name the arguments that a forward pre-hook gets."""
+    """Map the positional and keyword arguments of a forward to parameter names."""
     return dict(zip(parameter_names(type(module).forward), args, strict=False)) | kwargs
 
 
@@ -31,9 +31,9 @@ class VideoTokens:
     """Where one forward's video tokens lie in the sequence that self-attention sees.
 
     Attributes:
-        grid: `(T, Y, X)` tokens, in raster order.
-        prefix: tokens in front of them.
-        kv_len: `(B,)` leading valid keys of each sample, on the inputs' device; None where nothing is padded.
+        grid: `(T, Y, X)` video tokens, in raster order.
+        prefix: number of tokens in front of them.
+        kv_len: `(B,)` leading valid keys of each sample, on the inputs' device; None if nothing is padded.
     """
 
     grid: Grid
@@ -42,7 +42,7 @@ class VideoTokens:
 
 
 def anything(config: Any) -> None:
-    """Accept any config: for families of which every one can be sparse."""
+    """Accept any config: the check of families that need none."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -50,7 +50,8 @@ class Split:
     """How the tokens of one forward are split over GPUs (Ulysses).
 
     Attributes:
-        plan: diffusers' context-parallel plan, from the model's config: what is split and gathered at which module.
+        plan: makes diffusers' context-parallel plan, which says what is split and gathered at which module, from the
+            model's config.
         whole_text: whether the tokens behind the video in its self-attention stay whole on every rank.
         others: paths of other attention layers whose keys are split, with `*` for the index; diffusers' own exchange
             serves them.
@@ -72,26 +73,26 @@ class Refusal:
 
 @dataclass(frozen=True, kw_only=True)
 class Family:
-    """What differs between transformer classes.
+    """Everything that draft attention needs to know about one transformer class.
 
     Attributes:
-        name: for people.
+        name: the name in the report and in README.
         layers: module paths of the video self-attention layers with `*` for the index, in execution order.
         processors: class names of their stock processors, which must end in `dispatch_attention_fn` or
             `F.scaled_dot_product_attention`.
-        explicit: a `__call__` to run instead of theirs, which ends in `dispatch_attention_fn`; it must keep up with
-            upstream's, and tests/test_explicit.py watches that.
-        stock_when_dense: whether dense forwards run upstream's `__call__` all the same.
+        explicit: a `__call__` to run instead of theirs, which ends in `dispatch_attention_fn`. It must follow changes
+            of upstream's, which tests/families/test_explicit.py detects.
+        stock_when_dense: whether dense forwards run upstream's `__call__` instead of `explicit`.
         video: finds the video tokens from the inputs of a forward and the model's config.
-        check: raises ValueError for a model whose config makes its self-attention something else.
+        check: raises ValueError for a model whose config gives it self-attention that cannot be made sparse.
         dense_layers: module paths of the layers that stay dense by default.
         dense_timestep: steps above this timestep stay dense by default.
-        dense_steps: share of a run's steps, from its start, that stays dense by default where no timestep is known
-            to be best; a transformer without a pipeline does not know its run, and no step of it is dense then.
+        dense_steps: share of a run's steps, from its start, that stay dense by default; for families without a
+            `dense_timestep`. Needs the pipeline: with a transformer alone no step is dense by default.
         top_timestep: the timestep of pure noise, for a transformer without a pipeline; None where timesteps do not
             tell the noise.
-        scheduler_units: whether the model gets timesteps as its scheduler counts them.
-        split: how to split it over GPUs, or why that does not work.
+        scheduler_units: whether the model gets timesteps in the units of its scheduler.
+        split: how to split the tokens over GPUs, or why that is impossible.
     """
 
     name: str

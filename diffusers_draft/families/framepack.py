@@ -1,4 +1,4 @@
-"""FramePack: coarse history in front of HunyuanVideo's video tokens, then image tokens and right-padded text."""
+"""FramePack: joint self-attention over history, video, image tokens and right-padded text."""
 
 import math
 from typing import Any
@@ -9,11 +9,14 @@ from .family import Family, Inputs, Refusal, VideoTokens
 from .locate.latents import channels_first, history
 
 HISTORY = {"latents_clean": 1, "latents_history_2x": 2, "latents_history_4x": 4}
-"""Inputs in front of the video and how much coarser than latents their patches are."""
+"""Input with frames in front of the video -> factor on the size of its patches."""
 
 
 def video(inputs: Inputs, config: Any) -> VideoTokens:
-    """History, tokens of `hidden_states`, images, valid text (transformer_hunyuan_video_framepack.py `forward`)."""
+    """Locate the video tokens, of `hidden_states` `(B, C, F, H, W)`, behind the history; images and text follow.
+
+    As in diffusers, transformer_hunyuan_video_framepack.py `forward`.
+    """
     grid = channels_first(inputs, config).grid
     prefix = sum(history(inputs, name, (1, 2, 2), coarseness) for name, coarseness in HISTORY.items())
     images_end = prefix + math.prod(grid) + inputs["image_embeds"].shape[1]

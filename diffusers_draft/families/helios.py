@@ -1,4 +1,4 @@
-"""Helios: coarse history in front of the video tokens of a chunk."""
+"""Helios: self-attention over the history and, behind it, the video tokens of a chunk."""
 
 from typing import Any
 
@@ -6,11 +6,14 @@ from .family import Family, Inputs, Refusal, VideoTokens
 from .locate.latents import channels_first, history
 
 HISTORY = {"latents_history_short": 1, "latents_history_mid": 2, "latents_history_long": 4}
-"""Inputs in front of the video and how much coarser than its own their patches are."""
+"""Input with frames in front of the video -> factor on the size of its patches."""
 
 
 def video(inputs: Inputs, config: Any) -> VideoTokens:
-    """History, then tokens of `hidden_states` `(B, C, F, H, W)` (transformer_helios.py `forward`)."""
+    """Locate the video tokens, of `hidden_states` `(B, C, F, H, W)`, behind the history.
+
+    As in diffusers, transformer_helios.py `forward`.
+    """
     prefix = sum(history(inputs, name, config.patch_size, coarseness) for name, coarseness in HISTORY.items())
     return VideoTokens(grid=channels_first(inputs, config).grid, prefix=prefix)
 

@@ -1,30 +1,14 @@
-"""HunyuanVideo (and HunyuanCustom, which has the same transformer): video tokens, then right-padded text."""
-
-import math
-from typing import Any
-
-import torch
+"""HunyuanVideo (and HunyuanCustom, which has the same transformer): joint self-attention, right-padded text last."""
 
 from . import splits
-from .family import Family, Inputs, VideoTokens
-from .locate.latents import channels_first
-
-
-def video(inputs: Inputs, config: Any) -> VideoTokens:
-    """Tokens of `hidden_states` `(B, C, F, H, W)` after patching, then each sample's valid text.
-
-    As in diffusers, transformer_hunyuan_video.py `forward`.
-    """
-    grid = channels_first(inputs, config).grid
-    text = inputs["encoder_attention_mask"].sum(dim=1, dtype=torch.int32)
-    return VideoTokens(grid=grid, kv_len=text + math.prod(grid))
-
+from .family import Family
+from .locate.latents import in_front_of_text
 
 HUNYUAN_VIDEO = Family(
     name="HunyuanVideo",
     layers=("transformer_blocks.*.attn", "single_transformer_blocks.*.attn"),
     processors=("HunyuanVideoAttnProcessor2_0",),
-    video=video,
+    video=in_front_of_text,
     dense_timestep=945.0,
     dense_layers=("transformer_blocks.0.attn", "transformer_blocks.1.attn"),
     split=splits.HUNYUAN_VIDEO,

@@ -1,4 +1,4 @@
-"""HunyuanVideo 1.5: video tokens, then image and text tokens, of which the valid ones come first."""
+"""HunyuanVideo 1.5: joint self-attention, image and text tokens behind the video, the valid ones first."""
 
 import math
 from typing import Any
@@ -12,9 +12,10 @@ from .processors.hunyuan_video15 import attend_with_key_mask
 
 
 def video(inputs: Inputs, config: Any) -> VideoTokens:
-    """Tokens of `hidden_states` `(B, C, F, H, W)`, then what is valid (transformer_hunyuan_video15.py `forward`).
+    """Locate the video tokens, of `hidden_states` `(B, C, F, H, W)`, in front of the valid image and text tokens.
 
-    Upstream sorts the tokens behind the video; image tokens count if any image embedding of the batch is not zero.
+    As in diffusers, transformer_hunyuan_video15.py `forward`, which puts valid tokens first. Image tokens are valid if
+    any image embedding of the batch is not zero.
     """
     grid = channels_first(inputs, config).grid
     masks = torch.cat([inputs["encoder_attention_mask"], inputs["encoder_attention_mask_2"]], dim=1)

@@ -1,4 +1,4 @@
-"""Kandinsky 5 and 6: video tokens alone, in 6 with a reference frame behind them and audio apart."""
+"""Kandinsky 5 and 6: self-attention over video tokens alone; Kandinsky 6 puts a reference frame behind them."""
 
 import itertools
 from typing import Any
@@ -13,6 +13,7 @@ NO_SPLIT = Refusal("neither diffusers nor draft attention has a plan that splits
 
 
 def refuse_nabla(config: Any) -> None:
+    """Raise ValueError for a Kandinsky 5 model with NABLA attention, which is block-sparse already."""
     if config.attention_type == "nabla":
         raise ValueError(
             'This Kandinsky 5 transformer has attention_type="nabla", which is block-sparse already and orders its '
@@ -21,7 +22,10 @@ def refuse_nabla(config: Any) -> None:
 
 
 def without_references(inputs: Inputs, config: Any) -> VideoTokens:
-    """Tokens of `hidden_states` `(B, F, H, W, C)` less references (transformer_kandinsky6.py `forward`)."""
+    """Locate the video tokens, of `hidden_states` `(B, F, H, W, C)` without the reference frames at its end.
+
+    As in diffusers, transformer_kandinsky6.py `forward`.
+    """
     frames, rows, columns = channels_last(inputs, config).grid
     types = inputs.get("visual_token_type_ids")
     return VideoTokens(grid=(frames - (0 if types is None else _references(types)), rows, columns))
@@ -29,7 +33,7 @@ def without_references(inputs: Inputs, config: Any) -> VideoTokens:
 
 @read_once
 def _references(types: Tensor) -> int:
-    """The number of frames in the end that are of another type than the first, of `(B, F)` types."""
+    """Count the frames at the end whose type differs from that of the first frame; types are `(B, F)`."""
     others = (types != types[:, :1]).any(dim=0).tolist()
     return len(list(itertools.takewhile(bool, reversed(others))))
 

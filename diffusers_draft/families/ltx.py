@@ -1,4 +1,4 @@
-"""LTX-Video: packed latents, tokens of conditions in front of the video."""
+"""LTX-Video: self-attention over packed latents, with tokens of conditions in front of the video."""
 
 from . import splits
 from .family import Family

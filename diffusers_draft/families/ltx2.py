@@ -1,4 +1,4 @@
-"""LTX-2: packed latents, keyframe and reference tokens behind the video, an audio stream of its own."""
+"""LTX-2: self-attention over packed latents, with keyframe and reference tokens behind the video; audio apart."""
 
 from . import splits
 from .family import Family

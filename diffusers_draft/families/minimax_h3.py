@@ -1,4 +1,4 @@
-"""MiniMax-H3: one packed sequence of text, conditions, audio and, last, the video."""
+"""MiniMax-H3: joint self-attention over a packed sequence of text, conditions, audio and, at its end, the video."""
 
 from typing import Any
 
@@ -7,7 +7,10 @@ from .locate.coordinates import from_positions
 
 
 def video(inputs: Inputs, config: Any) -> VideoTokens:
-    """The video that the packed sequence ends in (modular_pipelines/minimax_h3/before_denoise.py)."""
+    """Locate the video tokens, at the end of the packed sequence.
+
+    As in diffusers, modular_pipelines/minimax_h3/before_denoise.py.
+    """
     return from_positions(inputs["position_ids"])
 
 

@@ -1,22 +1,9 @@
-"""Mochi: video tokens, then valid text."""
-
-import math
-from typing import Any
-
-import torch
+"""Mochi: joint self-attention, valid text behind the video tokens."""
 
 from . import splits
-from .family import Family, Inputs, VideoTokens
-from .locate.latents import channels_first
+from .family import Family
+from .locate.latents import in_front_of_text
 from .processors.mochi import attend_to_valid_text
-
-
-def video(inputs: Inputs, config: Any) -> VideoTokens:
-    """Tokens of `hidden_states` `(B, C, F, H, W)`, then each sample's valid text (transformer_mochi.py `forward`)."""
-    grid = channels_first(inputs, config).grid
-    text = inputs["encoder_attention_mask"].sum(dim=1, dtype=torch.int32)
-    return VideoTokens(grid=grid, kv_len=text + math.prod(grid))
-
 
 MOCHI = Family(
     name="Mochi",
@@ -24,7 +11,7 @@ MOCHI = Family(
     processors=("MochiAttnProcessor2_0",),
     explicit=attend_to_valid_text,
     stock_when_dense=True,
-    video=video,
+    video=in_front_of_text,
     dense_layers=("transformer_blocks.0.attn1",),
     dense_steps=0.25,
     top_timestep=None,

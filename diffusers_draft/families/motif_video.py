@@ -1,4 +1,4 @@
-"""Motif-Video: video tokens, then image tokens and text; its decoder attends to a second video."""
+"""Motif-Video: joint self-attention, image tokens and text last; the decoder attends to the encoder's video too."""
 
 import math
 from typing import Any
@@ -9,7 +9,10 @@ from .locate.padding import lengths_of
 
 
 def video(inputs: Inputs, config: Any) -> VideoTokens:
-    """Tokens of `hidden_states` `(B, C, F, H, W)`, images, valid text (transformer_motif_video.py `forward`)."""
+    """Locate the video tokens, of `hidden_states` `(B, C, F, H, W)`, in front of image tokens and valid text.
+
+    As in diffusers, transformer_motif_video.py `forward`.
+    """
     grid = channels_first(inputs, config).grid
     mask, images = inputs.get("encoder_attention_mask"), inputs.get("image_embeds")
     text = None if mask is None else lengths_of(mask)

@@ -1,4 +1,7 @@
-"""SkyReels-V2, also with diffusion forcing: Wan's layout; its causal masks are not honoured sparsely."""
+"""SkyReels-V2, also with diffusion forcing: self-attention over video tokens alone, as in Wan.
+
+Calls with its causal masks run dense.
+"""
 
 from . import splits
 from .family import Family

@@ -1,4 +1,4 @@
-"""How families are split over GPUs: plans for diffusers' context parallelism."""
+"""Plans for diffusers' context parallelism: how families are split over GPUs."""
 
 from typing import Any
 
@@ -14,7 +14,7 @@ def _split(dim: int, dims: int) -> ContextParallelInput:
 
 
 def _split_rope(dim: int, dims: int) -> Plan:
-    """Cosines and sines."""
+    """Split the cosines and sines that a module returns."""
     part = ContextParallelInput(split_dim=dim, expected_dims=dims, split_output=True)
     return {0: part, 1: part}
 
@@ -23,7 +23,7 @@ _GATHER = ContextParallelOutput(gather_dim=1, expected_dims=3)
 
 
 def _wan(config: Any) -> Plan:
-    """As newer diffusers has it: the text stays whole, and timesteps are split where every token has its own."""
+    """Plan Wan's split as newer diffusers does: text stays whole, timesteps are split if every token has its own."""
     return {
         "": {"timestep": _split(1, 2)},
         "rope": _split_rope(1, 4),
@@ -33,7 +33,7 @@ def _wan(config: Any) -> Plan:
 
 
 def _wan_vace(config: Any) -> Plan:
-    """The control stream is split as well."""
+    """Plan Wan VACE's split: Wan's plan, and the control stream is split too."""
     control = {
         "vace_blocks.*": {"hidden_states": _split(1, 3)},
         "vace_blocks.0": {"control_hidden_states": _split(1, 3)},
@@ -42,7 +42,10 @@ def _wan_vace(config: Any) -> Plan:
 
 
 def _skyreels(config: Any) -> Plan:
-    """Under diffusion forcing every token has its own modulation, also behind the blocks."""
+    """Plan SkyReels-V2's split, gathered after the last block.
+
+    Under diffusion forcing every token has its own modulation, in the blocks and behind them.
+    """
     return {
         "rope": _split_rope(1, 4),
         "blocks.0": {"hidden_states": _split(1, 3)},
@@ -52,6 +55,7 @@ def _skyreels(config: Any) -> Plan:
 
 
 def _joint(config: Any) -> Plan:
+    """Plan the split of HunyuanVideo models: the video is split, text stays whole."""
     return {
         "rope": _split_rope(0, 2),
         "transformer_blocks.0": {"hidden_states": _split(1, 3)},
@@ -60,6 +64,7 @@ def _joint(config: Any) -> Plan:
 
 
 def _ltx(config: Any) -> Plan:
+    """Plan LTX-Video's split: the video, its rotary embeddings and timesteps are split."""
     return {
         "": {"hidden_states": _split(1, 3), "timestep": _split(1, 2)},
         "rope": _split_rope(1, 3),
@@ -68,7 +73,7 @@ def _ltx(config: Any) -> Plan:
 
 
 def _ltx2(config: Any) -> Plan:
-    """The audio stays whole. Its queries meet the video's split keys."""
+    """Plan LTX-2's split: the video is split, audio stays whole and attends to the video's split keys."""
     rope = _split_rope(2, 4) if config.rope_type == "split" else _split_rope(1, 3)
     return _ltx(config) | {"rope": rope, "cross_attn_rope": rope}
 
@@ -92,7 +97,7 @@ def _check_ltx2(config: Any) -> None:
 NO_PARALLEL_CONFIG = Refusal(
     "its attention processors take no parallel config, so that they cannot be told of a split"
 )
-"""Why a family cannot be split."""
+"""Refusal of families whose attention processors know no context parallelism."""
 WAN = Split(plan=_wan)
 WAN_VACE = Split(plan=_wan_vace)
 SKYREELS_V2 = Split(plan=_skyreels)

@@ -1,4 +1,4 @@
-"""The diffusers models that draft attention does not apply to, and why."""
+"""diffusers models that draft attention does not apply to, with the reasons."""
 
 from fnmatch import fnmatchcase
 
@@ -22,11 +22,11 @@ REASONS = {
     "*UNet*": _UNET,
     "*2DModel": _IMAGES,
 }
-"""Class name or pattern -> reason."""
+"""Class name or pattern -> reason; the first that matches counts."""
 
 
 def reason_against(model: nn.Module) -> str | None:
-    """Why draft attention does not apply to a diffusers model; None where nothing speaks against it."""
+    """Return the reason why draft attention does not apply to a diffusers model, or None if there is no known one."""
     cls = type(model)
     if not cls.__module__.startswith("diffusers."):
         return None

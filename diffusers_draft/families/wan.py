@@ -1,4 +1,4 @@
-"""Wan 2.1 and 2.2: self-attention holds video tokens alone, text enters by cross-attention."""
+"""Wan 2.1 and 2.2, VACE and Animate: self-attention over video tokens alone, text enters by cross-attention."""
 
 import dataclasses
 from typing import Any
@@ -9,7 +9,10 @@ from .locate.latents import channels_first
 
 
 def behind_reference(inputs: Inputs, config: Any) -> VideoTokens:
-    """Tokens of `hidden_states` but those of frame 0, the character (transformer_wan_animate.py `forward`)."""
+    """Locate the video tokens, of `hidden_states` `(B, C, F, H, W)` without its first frame, the character.
+
+    As in diffusers, transformer_wan_animate.py `forward`.
+    """
     frames, rows, columns = channels_first(inputs, config).grid
     return VideoTokens(grid=(frames - 1, rows, columns), prefix=rows * columns)
 

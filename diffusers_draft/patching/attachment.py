@@ -110,6 +110,7 @@ class Attachment(_HookOfTransformer):
         except BaseException:
             self.detach()
             raise
+        self.forward.forget_recomputation()
         self.forward.method = self.config.method.to_tensor()
         self.forward.hook = self._hook
 

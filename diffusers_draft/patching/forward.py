@@ -89,6 +89,10 @@ class Forward:
         self.forwards_to_recompute = 1 if self.recomputed else self.forwards_to_recompute + 1
         self.recomputed = False
 
+    def forget_recomputation(self) -> None:
+        """Forget forwards whose backward never came."""
+        self.forwards_to_recompute, self.recomputed = 0, False
+
     def begin(self) -> None:
         """Note that this thread is in a forward."""
         self.running.append(threading.get_ident())

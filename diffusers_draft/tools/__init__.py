@@ -1,1 +1,1 @@
-"""Tools for users: generate, evaluate, measure speed, and the demo."""
+"""Tools around the plug-in: generation, evaluation, benchmarks and the demo."""

@@ -1,4 +1,4 @@
-"""What people read about each family: pipelines, where text meets the video, notes; README's table of models."""
+"""README's table of models, and the facts in it that code does not need: pipelines, text handling, notes."""
 
 import math
 from dataclasses import dataclass
@@ -8,11 +8,11 @@ from ..families import Family, families
 
 @dataclass(frozen=True)
 class Row:
-    """One transformer class of README's table.
+    """Facts about one transformer class for README's table.
 
     Attributes:
-        pipelines: diffusers pipelines that use it.
-        text: where text and other tokens meet the video.
+        pipelines: names of the diffusers pipelines that use it.
+        text: how text and other tokens enter the attention.
         notes: what else a user should know.
     """
 
@@ -186,7 +186,7 @@ CATALOGUE = {
         "joint, in front",
     ),
 }
-"""diffusers class name -> row."""
+"""diffusers class name -> facts."""
 
 
 def models_table() -> str:
@@ -206,6 +206,7 @@ def _line(cls: str, family: Family) -> str:
 
 
 def _dense(family: Family) -> str:
+    """List the steps and layers of a family that stay dense by default."""
     steps = [] if math.isinf(family.dense_timestep) else [f"timestep > {family.dense_timestep:g}"]
     steps += [] if family.dense_steps is None else [f"first {family.dense_steps:.0%} of the steps"]
     return "; ".join([*steps, *map("`{}`".format, family.dense_layers)])

@@ -10,11 +10,11 @@ from typing import NoReturn
 import torch
 
 PACKAGES = ("ftfy", "matplotlib", "torchmetrics", "tqdm", "transformers")
-"""What a training needs, some of it only in the end, and what the extra `train` brings."""
+"""Packages that a training imports, some of them only at its end; the extra `train` installs them."""
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    """Train and save the model; what the user can mend ends the process with code 2 and one line on stderr.
+    """Train and save the model; errors that the user can fix end the process with code 2 and one line on stderr.
 
     Args:
         argv: the arguments without the program's name; by default those of the process.
@@ -26,7 +26,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         _stop(f"the training needs torch 2.9 or newer, for torch.optim.Muon; this is torch {torch.__version__}")
     if missing := [package for package in PACKAGES if find_spec(package) is None]:
         _stop(f"{', '.join(missing)} is not installed: pip install '.[train]'")
-    from .run import Training, run  # only now, so that a wrong option or a missing package is told at once
+    from .run import Training, run  # imported late, so that a wrong option or a missing package is reported at once
 
     training = Training(minutes=options.minutes, seed=options.seed, tokens=options.tokens, pixels=options.pixels)
     try:
@@ -55,6 +55,7 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _stop(message: str) -> NoReturn:
+    """End the process with code 2 and a message on stderr."""
     print(f"error: {message}", file=sys.stderr)
     raise SystemExit(2)
 

@@ -1,4 +1,4 @@
-"""The parts of the demo's pipeline, untrained: diffusers' and transformers' own classes, small."""
+"""The demo's pipeline before training: small models of diffusers' and transformers' own classes."""
 
 import torch
 from diffusers import AutoencoderKLWan, UniPCMultistepScheduler, WanPipeline, WanTransformer3DModel
@@ -11,17 +11,17 @@ from diffusers_draft.tools.demo.scenes import WORDS
 LATENT_CHANNELS = 12
 TEXT_DIM = 64
 FLOW_SHIFT = 3.0
-"""How far sampling and training lean towards high noise, as in Wan."""
+"""Shift of the noise levels towards high noise, in sampling and training, as in Wan."""
 
 
 def untrained_pipeline(seed: int) -> WanPipeline:
-    """Build the pipeline on the CPU in float32.
+    """Build the pipeline with random weights, on the CPU in float32.
 
     A token of its transformer is 8 x 8 pixels of two frames (of one in the beginning); captions are words of
     `scenes.WORDS`, which a text encoder of two layers reads.
 
     Args:
-        seed: of the weights.
+        seed: seed of the weights.
     """
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
@@ -74,7 +74,7 @@ def untrained_pipeline(seed: int) -> WanPipeline:
 
 @torch.no_grad()
 def _start_well(vae: AutoencoderKLWan) -> None:
-    """Give convolutions weights that keep the size of what passes, and latents hardly any noise: learned sooner."""
+    """Initialize the autoencoder to train faster: convolutions that keep the variance, latents with little noise."""
     for module in vae.modules():
         if isinstance(module, nn.Conv2d | nn.Conv3d):
             nn.init.kaiming_normal_(module.weight, nonlinearity="linear")

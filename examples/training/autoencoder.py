@@ -1,4 +1,4 @@
-"""Training of the autoencoder on clips of scenes, and the mean and the deviation of its latents."""
+"""Training of the autoencoder on rendered clips, and the statistics of its latents."""
 
 import math
 from typing import Any
@@ -12,22 +12,22 @@ from .clips import HELD_OUT, clips
 from .loop import Phase
 
 KL_WEIGHT = 1e-4
-"""Of the distance to the normal distribution, for each number of the latents: keeps their size, costs no detail."""
+"""Weight of the KL divergence per latent value: it bounds the latents and is too small to cost detail."""
 SIZES = ((9, 96, 96), (17, 96, 128), (9, 128, 96))
-"""Frames, heights and widths of the clips, in turn. The decoder looks two latent frames back, several times over: on
-fewer frames part of its weights would never be trained, and later frames of a longer clip would fall apart."""
+"""Frames, height and width of the clips, in turn. Layers of the decoder look two latent frames back: with fewer frames
+some weights would never be trained, and later frames of longer clips would break."""
 JUDGED = (4, (17, 96, 192))
-"""How many clips of which size the reconstruction is judged by."""
+"""Number and `(F, H, W)` of the clips that latents and reconstruction are measured on."""
 
 
 def autoencoder_phase(vae: Any, minutes: float, seed: int, pixels: int) -> Phase:
-    """Make the phase in which the autoencoder learns to give clips back.
+    """Make the training phase of the autoencoder.
 
     Args:
         vae: an `AutoencoderKLWan` on the device to train on.
-        minutes: how long.
-        seed: of the clips.
-        pixels: of a batch, in all frames together.
+        minutes: length of the phase.
+        seed: seed of the clips.
+        pixels: pixels of a batch, in all frames together.
     """
 
     def batch(number: int, share: float) -> tuple[Tensor, ...]:
@@ -47,7 +47,7 @@ def autoencoder_phase(vae: Any, minutes: float, seed: int, pixels: int) -> Phase
 
 @torch.no_grad()
 def measure_latents(vae: Any, seed: int) -> None:
-    """Write the mean and the deviation of every latent channel into the autoencoder's config, for the pipeline."""
+    """Measure mean and standard deviation of every latent channel and write them into the autoencoder's config."""
     vae.eval()
     batch, size = JUDGED
     videos = (clips(vae.device, batch, size, seed, HELD_OUT + number)[0] for number in range(8))
@@ -69,7 +69,7 @@ def encode(vae: Any, video: Tensor) -> Tensor:
 
 @torch.no_grad()
 def reconstruction_psnr(vae: Any, seed: int) -> float:
-    """Return the PSNR in dB of clips that the autoencoder gives back and was not trained on, over all pixels."""
+    """Compute the PSNR in dB of reconstructed held-out clips, over all pixels."""
     batch, size = JUDGED
     video, _ = clips(vae.device, batch, size, seed, HELD_OUT)
     again = vae.decode(vae.encode(video).latent_dist.mode()).sample

@@ -1,4 +1,4 @@
-"""The model card: how the model was trained, its loss, samples to look at, and prompts to go on with."""
+"""The model card: how the model was trained, its loss curves, samples, and held-out prompts."""
 
 import shlex
 import subprocess
@@ -22,7 +22,7 @@ from .flow import USES
 PROMPTS = 64
 SAMPLES = 8
 SHOWN = 4
-"""Frames of each sample."""
+"""Frames of each sample that the card shows."""
 HEIGHT, WIDTH, FRAMES, STEPS, GUIDANCE = 192, 384, 17, 25, 3.0
 
 TEXT = """---
@@ -65,11 +65,11 @@ def write_card(folder: Path, pipe: Any, training: Any, learned: dict[str, Progre
     """Write README.md, samples.jpg, loss.png and prompts.txt beside the pipeline.
 
     Args:
-        folder: of the pipeline.
-        pipe: trained, on its device.
-        training: how it was.
-        learned: the progress of both phases, by name.
-        psnr: of the autoencoder, in dB.
+        folder: the pipeline's folder.
+        pipe: the trained pipeline on its device.
+        training: the options of the training.
+        learned: progress of both phases, by name.
+        psnr: PSNR of the autoencoder in dB.
     """
     prompts = captions(scenes(PROMPTS, HEIGHT, WIDTH, training.seed, HELD_OUT + 100))
     (folder / "prompts.txt").write_text("\n".join(prompts) + "\n")
@@ -122,6 +122,7 @@ def contact_sheet(pipe: Any, prompts: list[str]) -> Image.Image:
 
 
 def _loss_curves(learned: dict[str, Progress]) -> Figure:
+    """Plot the loss of each phase against its steps."""
     figure = Figure(figsize=(9, 3.2), layout="constrained")
     for axes, (name, progress) in zip(figure.subplots(1, len(learned)), learned.items(), strict=True):
         steps, losses = zip(*progress.losses, strict=True) if progress.losses else ((), ())
@@ -132,7 +133,7 @@ def _loss_curves(learned: dict[str, Progress]) -> Figure:
 
 
 def _commit() -> str:
-    """Return the commit of the checkout, in brackets; nothing where there is no git."""
+    """Return the commit of the checkout in brackets, or an empty string without git."""
     command = ["git", "-C", str(Path(__file__).parent), "rev-parse", "--short", "HEAD"]
     try:
         found = subprocess.run(command, capture_output=True, text=True, check=True)

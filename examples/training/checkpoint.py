@@ -1,4 +1,4 @@
-"""The checkpoint of a training phase: all that it needs to go on, in one file."""
+"""The checkpoint of a training phase: everything that is needed to resume it, in one file."""
 
 import io
 from collections.abc import Sequence
@@ -16,12 +16,12 @@ from diffusers_draft.tools.generation.files import whole_or_not
 
 @dataclass
 class Progress:
-    """How far a phase is.
+    """Progress of a phase.
 
     Attributes:
-        steps: made.
-        seconds: that they took.
-        losses: `(step, mean loss since the entry before)` of the loss curve.
+        steps: number of finished steps.
+        seconds: time that they took.
+        losses: the loss curve: `(step, mean loss since the entry before)`.
     """
 
     steps: int = 0
@@ -31,14 +31,14 @@ class Progress:
 
 @dataclass
 class Checkpoint:
-    """The file, and what it holds.
+    """A checkpoint file and the objects whose state it stores.
 
     Attributes:
-        path: of the file.
-        modules: what is trained, by name.
-        optimizers: of its parameters.
-        average: of its weights.
-        progress: of the phase.
+        path: path of the file.
+        modules: the modules that are trained, by name.
+        optimizers: optimizers of their parameters.
+        average: moving average of their weights.
+        progress: progress of the phase.
     """
 
     path: Path
@@ -48,27 +48,27 @@ class Checkpoint:
     progress: Progress
 
     def save(self) -> None:
-        """Write everything, whole or not at all.
+        """Write the state of all objects to the file, atomically.
 
         Raises:
-            OSError: if it cannot be written; the checkpoint from before is still there.
+            OSError: if the file cannot be written; the checkpoint from before is unchanged.
         """
         states: dict[str, Any] = {name: module.state_dict() for name, module in self.modules.items()}
         states["optimizers"] = [optimizer.state_dict() for optimizer in self.optimizers]
         states["average"] = self.average.state_dict()
-        content = io.BytesIO()  # a full disk is an OSError only for Python's own files
+        content = io.BytesIO()  # torch.save to a file raises no OSError when the disk is full
         torch.save({"version": __version__, "progress": vars(self.progress), **states}, content)
         self.path.parent.mkdir(parents=True, exist_ok=True)
         whole_or_not(self.path, lambda file: file.write(content.getbuffer()))
 
     def load(self, device: torch.device) -> None:
-        """Read everything back; do nothing if there is no file.
+        """Read the state of all objects from the file; do nothing if there is no file.
 
         Args:
-            device: for what is read.
+            device: the device to load tensors on.
 
         Raises:
-            ValueError: if the file is another version's.
+            ValueError: if the file was written by another version.
         """
         if not self.path.exists():
             return

@@ -1,4 +1,4 @@
-"""The clips of a batch: each depends on a seed and the batch's number alone, so that a training can be resumed."""
+"""Clips of a batch, which depend on the seed and the batch's number alone, so that a training can be resumed."""
 
 import numpy as np
 import torch
@@ -8,7 +8,7 @@ from diffusers_draft.tools.demo.drawing import draw
 from diffusers_draft.tools.demo.scenes import Scenes, captions, sample_scenes
 
 HELD_OUT = 1 << 31
-"""Numbers from here on are not trained on."""
+"""First batch number of held-out clips, which are not trained on."""
 
 
 def scenes(batch: int, height: int, width: int, seed: int, number: int) -> Scenes:
@@ -19,14 +19,14 @@ def scenes(batch: int, height: int, width: int, seed: int, number: int) -> Scene
 def clips(
     device: torch.device, batch: int, size: tuple[int, int, int], seed: int, number: int
 ) -> tuple[Tensor, list[str]]:
-    """Draw one batch.
+    """Draw one batch of clips.
 
     Args:
-        device: to draw on.
-        batch: B.
+        device: the device to draw on.
+        batch: B, the number of clips.
         size: `(F, H, W)` in frames and pixels.
-        seed: of the training.
-        number: of the batch.
+        seed: seed of the training.
+        number: number of the batch.
 
     Returns:
         `(B, 3, F, H, W)` float32 in [-1, 1], and B captions.
@@ -38,10 +38,10 @@ def clips(
 
 
 def noise_generator(device: torch.device, seed: int, number: int) -> torch.Generator:
-    """Return the generator of one batch's noise: on the device, and independent of the scenes."""
+    """Make the generator of one batch's noise, on the device and independent of its scenes."""
     return _generator(device, seed, number, 1)
 
 
 def _generator(device: torch.device, *numbers: int) -> torch.Generator:
-    # torch's generator on the CPU reads 32 bits of a seed, so that these are mixed first.
+    # Mix the numbers into 32 bits first: torch's CPU generator reads no more of a seed.
     return torch.Generator(device).manual_seed(int(np.random.SeedSequence(numbers).generate_state(1)[0]))

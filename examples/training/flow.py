@@ -1,4 +1,4 @@
-"""Training of the transformer and the text encoder by flow matching, on pictures and then on clips that grow."""
+"""Training of transformer and text encoder by flow matching, on images and then on clips of growing size."""
 
 import functools
 import math
@@ -17,23 +17,23 @@ from .loop import Phase
 Grid = tuple[int, int, int]
 """`(T, Y, X)` in tokens."""
 WITHOUT_CAPTION = 0.1
-"""Share of the clips that are learned without a caption, for classifier-free guidance."""
+"""Share of the clips that are trained without a caption, for classifier-free guidance."""
 USES = 8
-"""Steps that a clip serves on average, each with other noise: drawing and encoding it costs as much as a step."""
+"""Average number of steps that use a clip, each with new noise: drawing and encoding it takes as long as a step."""
 WINDOW = 16
-"""Batches of clips of one grid, the newest ones, that a step chooses its clips from."""
+"""Number of newest batches of a grid that a step samples its clips from."""
 
 
 @dataclass(frozen=True)
 class Stage:
-    """Part of the time.
+    """A stage of the training.
 
     Attributes:
-        until: the share of the time that has passed when it ends.
-        grids: of the clips, in turn; rows and columns differ between them so that blocks of draft
-            attention meet ragged edges too; they are even, as `WanPipeline` wants them.
-        text: tokens that captions are padded to with zeros, at most the pipeline's 512; none of the model's own sizes,
-            which `torch.compile` would take for the same thing; for the same reason the first grid is no square.
+        until: share of the total time at which the stage ends.
+        grids: grids of the clips, in turn. Some are not multiples of a tile, so that blocks of draft attention get
+            ragged edges; rows and columns are even, as `WanPipeline` requires.
+        text: tokens that captions are padded to with zeros, at most the pipeline's 512. It differs from all sizes of
+            the model, because `torch.compile` would treat equal sizes as one; so the first grid is not square.
     """
 
     until: float
@@ -48,23 +48,23 @@ STAGES = (
     Stage(0.7, ((7, 16, 28), (7, 28, 16), (9, 18, 22)), text=512),
     Stage(1.0, ((9, 24, 48), (9, 48, 24), (9, 30, 38), (11, 22, 44)), text=512),
 )
-"""Pictures first: they teach shapes, colours and words with a fifth of the tokens of the shortest clip."""
+"""Stages in order. Images come first: they teach shapes, colours and words with a fifth of the tokens of a clip."""
 
 LONGEST = 48
-"""Tokens that the longest caption fits into."""
+"""Number of tokens that captions are tokenized to, enough for the longest one."""
 
 
 def flow_phase(pipe: Any, minutes: float, seed: int, tokens: int) -> Phase:
-    """Make the phase in which the transformer learns the way from noise to the latents of captioned clips.
+    """Make the training phase of transformer and text encoder, by flow matching on latents of captioned clips.
 
     As in diffusers' flow-matching schedulers, `x_t = (1 - sigma) x + sigma noise` and the model predicts
     `noise - x`; sigma has the density that the scheduler's steps have.
 
     Args:
         pipe: the pipeline on the device to train on, with a trained autoencoder.
-        minutes: how long.
-        seed: of the clips and the noise.
-        tokens: of a batch.
+        minutes: length of the phase.
+        seed: seed of clips and noise.
+        tokens: tokens of a batch.
     """
     transformer, vae = pipe.transformer.train(), pipe.vae.eval()
     pipe.text_encoder.train()
@@ -95,19 +95,19 @@ def flow_phase(pipe: Any, minutes: float, seed: int, tokens: int) -> Phase:
         return functional.mse_loss(flow.float(), expected)
 
     modules = {"transformer": transformer, "text_encoder": pipe.text_encoder}
-    # Muon is for the weights of the blocks' linear layers: no biases, norms or modulations, nothing at either end.
+    # Muon trains the blocks' linear weights; AdamW trains biases, norms, modulations and the layers at both ends.
     matrices = [parameter for parameter in pipe.transformer.blocks.parameters() if parameter.dim() == 2]
     return Phase("flow", minutes, modules, 2e-3, batch, loss, matrices)
 
 
 def tokenized(pipe: Any, texts: list[str]) -> tuple[Tensor, Tensor]:
-    """Return token numbers and their mask, `(B, LONGEST)` each, on the pipeline's device."""
+    """Tokenize texts: return token ids and their mask, `(B, LONGEST)` each, on the pipeline's device."""
     tokens = pipe.tokenizer(texts, padding="max_length", max_length=LONGEST, return_tensors="pt")
     return tokens.input_ids.to(pipe.device), tokens.attention_mask.to(pipe.device)
 
 
 def embed(pipe: Any, ids: Tensor, mask: Tensor) -> Tensor:
-    """Embed `tokenized` texts, whose mask is padded to this length, as `WanPipeline` does: `(B, length, D)`."""
+    """Encode `tokenized` texts as `WanPipeline` does: `(B, L, D)`, where the `(B, L)` mask may be padded further."""
     own = ids.shape[1]
     hidden = pipe.text_encoder(ids, mask[:, :own]).last_hidden_state
     return functional.pad(hidden, (0, 0, 0, mask.shape[1] - own)) * mask[..., None]
@@ -115,7 +115,7 @@ def embed(pipe: Any, ids: Tensor, mask: Tensor) -> Tensor:
 
 @torch.no_grad()
 def _encoded(pipe: Any, grid: Grid, batch: int, seed: int, number: int) -> tuple[Tensor, Tensor, Tensor]:
-    """Draw clips; return their latents `(B, C, T, Y, X)` and their captions tokenized, some of them empty."""
+    """Draw clips; return their latents `(B, C, T, Y, X)` and their tokenized captions, some of them empty."""
     patch = pipe.transformer.config.patch_size
     frames = 1 + pipe.vae_scale_factor_temporal * (grid[0] - 1)
     height, width = (pipe.vae_scale_factor_spatial * patch[1] * size for size in grid[1:])

@@ -1,4 +1,4 @@
-"""A training phase that lasts so many minutes, can be stopped at any time and goes on where it was."""
+"""The loop of a training phase, which lasts a given time and can be stopped and resumed."""
 
 import itertools
 import time
@@ -14,11 +14,11 @@ from tqdm import tqdm
 from .checkpoint import Checkpoint, Progress
 
 WARM_UP = 300
-"""Steps in which the learning rate rises."""
+"""Number of steps in which the learning rate rises."""
 COOL_DOWN = 0.4
-"""Share of the time, in the end, in which it falls to nothing."""
+"""Share of the time, at its end, in which the learning rate falls to zero."""
 LOG_EVERY = 20
-"""Steps between two entries of the loss curve; only then does the loop wait for the device."""
+"""Number of steps between entries of the loss curve; the loop waits for the device only there."""
 
 
 @dataclass
@@ -26,13 +26,13 @@ class Phase:
     """What one phase trains, and how.
 
     Attributes:
-        name: of its checkpoint.
-        minutes: how long it lasts, over all times that it is resumed.
-        modules: what is trained, by name.
-        learning_rate: the highest.
+        name: name of the phase and its checkpoint.
+        minutes: length in all, including earlier runs that it resumes.
+        modules: the modules that are trained, by name.
+        learning_rate: the highest learning rate.
         batch: makes the tensors of a step, from the step's number and the share of the time that has passed.
-        loss: of those tensors.
-        matrices: those of the parameters that Muon trains, all of two dimensions; AdamW trains the others.
+        loss: computes the loss of those tensors.
+        matrices: parameters that Muon trains, all of two dimensions; AdamW trains the others.
     """
 
     name: str
@@ -45,15 +45,15 @@ class Phase:
 
 
 def train(phase: Phase, folder: Path, save_every: float = 15.0) -> Progress:
-    """Train until the phase's time is over; its modules then hold the moving average of their weights.
+    """Train until the phase's time is over, then set its modules to the moving average of their weights.
 
     Args:
-        phase: what to train.
-        folder: where its checkpoint is kept, and found if there is one.
-        save_every: seconds from one checkpoint to the next.
+        phase: the phase to train or resume.
+        folder: the folder of its checkpoint.
+        save_every: seconds between checkpoints.
 
     Raises:
-        ValueError: if the loss is not finite, or the checkpoint is another version's.
+        ValueError: if the loss is not finite, or the checkpoint was written by another version.
         OSError: if a checkpoint cannot be written.
     """
     parameters = [parameter for module in phase.modules.values() for parameter in module.parameters()]
@@ -95,16 +95,18 @@ def train(phase: Phase, folder: Path, save_every: float = 15.0) -> Progress:
 
 
 def _optimizers(parameters: Sequence[nn.Parameter], matrices: Sequence[nn.Parameter]) -> list[torch.optim.Optimizer]:
+    """Make Muon for the matrices, if there are any, and AdamW for all other parameters."""
     for_muon = {id(matrix) for matrix in matrices}
     others = [parameter for parameter in parameters if id(parameter) not in for_muon]
     adamw = torch.optim.AdamW(others, betas=(0.9, 0.95), weight_decay=0.01, fused=True)
     if not matrices:
         return [adamw]
-    # Updates as large as AdamW's, so that one learning rate and one decay fit both.
+    # Scale Muon's updates to the size of AdamW's, so that one learning rate and one decay fit both.
     return [adamw, torch.optim.Muon(matrices, weight_decay=0.01, adjust_lr_fn="match_rms_adamw")]
 
 
 def _mean(losses: list[Tensor], name: str, steps: int) -> float:
+    """Compute the mean loss; raise ValueError if it is not finite."""
     mean = torch.stack(losses).mean().item()
     if not mean < float("inf"):
         raise ValueError(f"The loss of {name} is {mean} after {steps} steps. Try a lower learning rate.")

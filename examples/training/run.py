@@ -1,4 +1,4 @@
-"""The whole training of the demo's model: autoencoder, latents' statistics, flow, and the pipeline on disk."""
+"""The whole training of the demo's model: autoencoder, statistics of latents, flow, and the saved pipeline."""
 
 import tempfile
 from dataclasses import dataclass
@@ -18,20 +18,20 @@ from .loop import train
 
 FOR_AUTOENCODER = 0.15
 MOST_FOR_AUTOENCODER = 2.1
-"""Share of the time, and minutes: after two of them it is good enough, and the transformer learns on."""
+"""Share of the time for the autoencoder, and its limit in minutes: after two it is good enough."""
 MODEL = "model"
-"""Folder of the finished pipeline, in the folder of the training."""
+"""Name of the finished pipeline's folder, in the folder of the training."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Training:
-    """How to train.
+    """Options of a training.
 
     Attributes:
-        minutes: in all, on whatever device there is.
-        seed: of weights, clips and noise.
-        tokens: of one batch of the transformer.
-        pixels: of one batch of the autoencoder, in all frames together.
+        minutes: length of the training, on any device.
+        seed: seed of weights, clips and noise.
+        tokens: tokens of one batch of the transformer.
+        pixels: pixels of one batch of the autoencoder, in all frames together.
     """
 
     minutes: float
@@ -41,11 +41,11 @@ class Training:
 
 
 def run(training: Training, folder: Path) -> Path:
-    """Train, or go on with a training that was stopped in this folder, and save the pipeline with its card.
+    """Train, or resume the training that was stopped in this folder, and save the pipeline with its card.
 
     Args:
-        training: how.
-        folder: for checkpoints and results.
+        training: options of the training.
+        folder: the folder for checkpoints and results.
 
     Returns:
         The folder of the pipeline, in bfloat16.
@@ -61,7 +61,7 @@ def run(training: Training, folder: Path) -> Path:
         torch.set_float32_matmul_precision("high")
         pipe.transformer.compile_repeated_blocks(dynamic=True)  # grids and captions change
     minutes = min(training.minutes * FOR_AUTOENCODER, MOST_FOR_AUTOENCODER)
-    with torch.backends.cudnn.flags(enabled=True, benchmark=True):  # pays, as the clips have few sizes
+    with torch.backends.cudnn.flags(enabled=True, benchmark=True):  # worth its search, as clips have few sizes
         learned = {"autoencoder": train(autoencoder_phase(pipe.vae, minutes, training.seed, training.pixels), folder)}
     measure_latents(pipe.vae, training.seed)
     psnr = reconstruction_psnr(pipe.vae, training.seed)
@@ -74,13 +74,13 @@ def run(training: Training, folder: Path) -> Path:
 
 
 def save_in_bfloat16(pipe: Any, folder: Path) -> None:
-    """Save a pipeline with weights in bfloat16, but for those that diffusers keeps in float32."""
+    """Save a pipeline with weights in bfloat16, except those that diffusers keeps in float32."""
     with tempfile.TemporaryDirectory() as exact:
         pipe.save_pretrained(exact)
         rounded = from_pretrained(type(pipe), exact, torch.bfloat16)
     for part in (rounded, *rounded.components.values()):
         if isinstance(part, ConfigMixin):
-            part.register_to_config(_name_or_path="")  # not the temporary folder
+            part.register_to_config(_name_or_path="")  # the temporary folder does not belong in it
     rounded.save_pretrained(folder)
     # transformers 5 has a new name for the tokenizer's class, which older ones do not know; it knows the old one too.
     for name in ("model_index.json", "tokenizer/tokenizer_config.json"):

@@ -55,7 +55,7 @@ _choices: list[Choice] = []
 
 
 def number_of(choice: Choice) -> int:
-    """Number a choice, so that a tensor can hold it."""
+    """Assign a number to a choice, so that a tensor can hold it."""
     if choice not in _choices:
         _choices.append(choice)
     return _choices.index(choice)
@@ -67,7 +67,7 @@ def choice_of(number: int) -> Choice:
 
 
 def check_name(name: str) -> None:
-    """Raises ValueError for a backend that does not exist."""
+    """Raise ValueError for a backend that does not exist."""
     if name != "auto" and name not in BACKENDS:
         raise ValueError(f"Unknown backend {name!r}. Expected 'auto' or one of {', '.join(map(repr, BACKENDS))}.")
 
@@ -82,7 +82,7 @@ def check_backend(name: str) -> None:
 def choose(
     name: str, device: torch.device, dtype: torch.dtype, head_dim: int, block: int, needs_grad: bool = False
 ) -> Choice:
-    """Returns the backend for these calls after a one-off check of its numbers.
+    """Return the backend for these calls after a one-off check of its numbers.
 
     Raises:
         ValueError: if there is no backend of that name.
@@ -115,7 +115,7 @@ def choose(
 
 
 def load(name: str) -> ModuleType:
-    """Imports a backend's module.
+    """Import a backend's module.
 
     Raises:
         ImportError: if its package is missing; the message says how to install it.

@@ -9,7 +9,7 @@ from ..block_mask import BlockMask
 
 
 def refusal(device: torch.device, dtype: torch.dtype, head_dim: int, block: int) -> str | None:
-    """Says why this backend cannot run, or None."""
+    """Say why this backend cannot run, or None."""
     if device.type != "cuda" or torch.version.hip is not None:
         return f"needs an NVIDIA GPU, got {device}"
     capability = torch.cuda.get_device_capability(device)
@@ -26,7 +26,7 @@ def refusal(device: torch.device, dtype: torch.dtype, head_dim: int, block: int)
 
 
 def forward(query: Tensor, key: Tensor, value: Tensor, mask: BlockMask, scale: float) -> Tensor:
-    """Attends to the kept blocks; tensors are float16 or bfloat16, `(B, S, H, D)` in block order."""
+    """Attend to the kept blocks; tensors are float16 or bfloat16, `(B, S, H, D)` in block order."""
     batch, seq_len, heads, head_dim = query.shape
     out = torch.empty(batch, heads, seq_len, head_dim, dtype=query.dtype, device=query.device).transpose(1, 2)
     video = mask.num_video_blocks
@@ -49,7 +49,7 @@ def forward(query: Tensor, key: Tensor, value: Tensor, mask: BlockMask, scale: f
 def _attend_to_all(
     query: Tensor, key: Tensor, value: Tensor, tail: Tensor, mask: BlockMask, sample: int, scale: float
 ) -> Tensor:
-    """Attention of one sample's few anchor queries to all its valid keys.
+    """Attend with one sample's few anchor queries to all its valid keys.
 
     The keys are split among entries of a batch that share memory: a row of every block, left to a single thread
     block, would still run when the rest of the GPU has finished (1.3 instead of 0.6 ms for 256 queries on an H200).
@@ -80,7 +80,7 @@ def _last(counts: Tensor, indices: Tensor) -> Tensor:
 
 
 def _lists(full_counts: Tensor, full_indices: Tensor, tail_counts: Tensor, tail: Tensor) -> BlockSparseTensorsTorch:
-    """Full blocks, and the block at the valid length, which the kernel masks by token."""
+    """List full blocks, and the block at the valid length, which the kernel masks by token."""
     return BlockSparseTensorsTorch(
         mask_block_cnt=tail_counts.contiguous(),
         mask_block_idx=tail.expand(*tail_counts.shape, 1).contiguous(),
@@ -94,6 +94,6 @@ def _run(
     query: Tensor, key: Tensor, value: Tensor, lists: BlockSparseTensorsTorch, kv_len: Tensor | None, scale: float,
     out: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
-    """Returns the attention, in `out` if given, and else the log-sum-exp of every row's scores, `(B, H, S)`."""
+    """Return the attention, in `out` if given, and else the log-sum-exp of every row's scores, `(B, H, S)`."""
     options = {"softmax_scale": scale, "block_sparse_tensors": lists, "seqused_k": kv_len}
     return _flash_attn_fwd(query, key, value, **options, return_lse=out is None, out=out)[:2]

@@ -16,14 +16,14 @@ def _compiled():
 
 
 def forward(query: Tensor, key: Tensor, value: Tensor, mask: BlockMask, scale: float) -> Tensor:
-    """Attends to the kept blocks; tensors are `(B, S, H, D)` in block order."""
+    """Attend to the kept blocks; tensors are `(B, S, H, D)` in block order."""
     query, key, value = (tensor.transpose(1, 2) for tensor in (query, key, value))
     out = _compiled()(query, key, value, block_mask=_flex_mask(mask), scale=scale)
     return out.transpose(1, 2).contiguous()
 
 
 def _flex_mask(mask: BlockMask) -> FlexBlockMask:
-    """Splits the lists into full blocks and the one block at a sample's valid length, the only one masked by token."""
+    """Split the lists into full blocks and the one block at a sample's valid length, the only one masked by token."""
     valid_len = mask.valid_len
     tail = mask.tail_block[:, None, None]
     last = (mask.kv_num_blocks - 1).long()[..., None]

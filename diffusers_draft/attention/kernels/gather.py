@@ -17,7 +17,7 @@ CHUNK_ELEMENTS = {"cpu": 1 << 21}
 
 
 def forward(query: Tensor, key: Tensor, value: Tensor, mask: BlockMask, scale: float) -> Tensor:
-    """Attends to the kept blocks; tensors are `(B, S, H, D)` in block order, differentiable in all three."""
+    """Attend to the kept blocks; tensors are `(B, S, H, D)` in block order, differentiable in all three."""
     batch, seq_len, heads, head_dim = query.shape
     # Blocks start at multiples of `run` in every sample and head, so whole runs are copied instead of tokens.
     run = math.gcd(seq_len, mask.block)
@@ -63,7 +63,7 @@ def _front(buffer: Tensor | None, rows: int, like: Tensor) -> Tensor | None:
 
 
 def _rows_by_shape(mask: BlockMask) -> dict[tuple[int, int, int], Tensor]:
-    """Groups `(sample, head, query block)` rows by (kept blocks, query tokens, valid key tokens).
+    """Group `(sample, head, query block)` rows by (kept blocks, query tokens, valid key tokens).
 
     Only a list's last block can be short or partly valid, so a row's valid keys are a prefix of its kept tokens and
     the rows of one group need no mask.

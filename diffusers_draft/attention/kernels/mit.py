@@ -11,7 +11,7 @@ _attend = torch.ops.flash_attn._block_sparse_attn_forward
 
 
 def refusal(device: torch.device, dtype: torch.dtype, head_dim: int, block: int) -> str | None:
-    """Says why this backend cannot run, or None."""
+    """Say why this backend cannot run, or None."""
     if device.type != "cuda" or torch.version.hip is not None:
         return f"needs an NVIDIA GPU, got {device}"
     if torch.cuda.get_device_capability(device) < (8, 0):
@@ -26,7 +26,7 @@ def refusal(device: torch.device, dtype: torch.dtype, head_dim: int, block: int)
 
 
 def forward(query: Tensor, key: Tensor, value: Tensor, mask: BlockMask, scale: float) -> Tensor:
-    """Attends to the kept blocks; tensors are float16 or bfloat16, `(B, S, H, D)` in block order.
+    """Attend to the kept blocks; tensors are float16 or bfloat16, `(B, S, H, D)` in block order.
 
     Samples are launched one by one: the operator takes packed sequences, and to pack keys of different lengths would
     need the lengths on the host.
@@ -51,7 +51,7 @@ def forward(query: Tensor, key: Tensor, value: Tensor, mask: BlockMask, scale: f
 
 
 def _descending(mask: BlockMask) -> Tensor:
-    """`(B, H, N, N)` int32, each row's kept key blocks from the last to the first, then -1."""
+    """Make `(B, H, N, N)` int32, each row's kept key blocks from the last to the first, then -1."""
     counts = mask.kv_num_blocks.unsqueeze(-1)
     slot = counts - 1 - torch.arange(mask.kv_indices.shape[-1], dtype=torch.int32, device=counts.device)
     # The kernel reads, and ignores, one entry behind a full row: behind the last row there must be memory, too.

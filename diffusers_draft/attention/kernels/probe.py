@@ -10,7 +10,7 @@ TOLERANCE = {torch.float32: 2e-3, torch.float16: 4e-3, torch.bfloat16: 2e-2}
 
 
 def check(name: str, forward, device: torch.device, dtype: torch.dtype, head_dim: int, block: int) -> None:
-    """Compares `forward` with the reference on a small ragged problem with two different lengths.
+    """Compare `forward` with the reference on a small ragged problem with two different lengths.
 
     Raises:
         RuntimeError: if the backend fails, or if its result differs from the reference.

@@ -7,7 +7,7 @@ from ..block_mask import BlockMask
 
 
 def forward(query: Tensor, key: Tensor, value: Tensor, mask: BlockMask, scale: float) -> Tensor:
-    """Attends densely under `mask`; tensors are `(B, S, H, D)` in block order."""
+    """Attend densely under `mask`; tensors are `(B, S, H, D)` in block order."""
     token_block = torch.arange(mask.seq_len, device=query.device) // mask.block
     kept = mask.to_dense()[:, :, token_block][..., token_block]
     valid = torch.arange(mask.seq_len, device=query.device) < mask.valid_len[:, None]

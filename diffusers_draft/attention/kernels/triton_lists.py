@@ -21,7 +21,7 @@ LARGE = 64
 
 
 def refusal(device: torch.device, dtype: torch.dtype, head_dim: int, block: int) -> str | None:
-    """Says why this backend cannot run, or None."""
+    """Say why this backend cannot run, or None."""
     if device.type != "cuda":
         return f"needs a GPU, got {device}"
     if dtype not in (torch.float16, torch.bfloat16):
@@ -38,7 +38,7 @@ def refusal(device: torch.device, dtype: torch.dtype, head_dim: int, block: int)
 def forward(
     query: Tensor, key: Tensor, value: Tensor, mask: BlockMask, scale: float, lse: Tensor | None = None
 ) -> Tensor:
-    """Attends to the kept blocks; tensors are `(B, S, H, D)` in block order.
+    """Attend to the kept blocks; tensors are `(B, S, H, D)` in block order.
 
     Args:
         query: float16 or bfloat16; any strides with the last one 1.
@@ -116,7 +116,7 @@ def _load_rows(ptr, sample, head, start, stride_b, stride_s, stride_h, seq_len,
 
 @triton.jit
 def _softmax_step(scores, peak, total, acc, scale):
-    """One step of online softmax; `scale` holds the factor that turns exp into exp2."""
+    """Do one step of online softmax; `scale` holds the factor that turns exp into exp2."""
     new_peak = tl.maximum(peak, tl.max(scores, 1) * scale)
     weights = tl.math.exp2(scores * scale - new_peak[:, None])
     shrink = tl.math.exp2(peak - new_peak)

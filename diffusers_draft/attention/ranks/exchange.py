@@ -26,7 +26,7 @@ class Exchange:
         self.whole_text = whole_text
 
     def to_heads(self, query: Tensor, key: Tensor, value: Tensor) -> list[Tensor]:
-        """Three `(B, S on this rank, H, D)` to three `(B, S, H / ranks, D)`: the same heads of each.
+        """Exchange three `(B, S on this rank, H, D)` to three `(B, S, H / ranks, D)`: the same heads of each.
 
         Raises:
             NotImplementedError: if a gradient is needed.
@@ -36,7 +36,7 @@ class Exchange:
         return [tensor.transpose(0, 1) for tensor in whole]
 
     def to_tokens(self, out: Tensor) -> Tensor:
-        """`(B, S, H / ranks, D)` to `(B, S on this rank, H, D)`."""
+        """Exchange `(B, S, H / ranks, D)` for `(B, S on this rank, H, D)`."""
         return to_tokens(out, self.group.group_name, self.size, self.shared // self.size)
 
     def attend(
@@ -63,7 +63,7 @@ class Exchange:
         return Attended(*attend_over_ranks(query, key, value, *where, geometry, kv_len, numbers, method, scale))
 
     def whole_mask(self, mask: Tensor | None, seq_len: int) -> Tensor | None:
-        """The mask of a call as it must be for the whole sequence of `seq_len` tokens.
+        """Make the mask of a call as it must be for the whole sequence of `seq_len` tokens.
 
         Raises:
             NotImplementedError: if it does not speak of the whole sequence.
@@ -79,7 +79,7 @@ class Exchange:
         return functional.pad(mask[..., mask.shape[-1] - behind :], (self.shared, 0), value=True)
 
     def _tokens(self, *tensors: Tensor) -> list[int]:
-        """How many tokens each rank sends; raises what `to_heads` raises."""
+        """Count the tokens that each rank sends; raises what `to_heads` raises."""
         if needs_grad(*tensors):
             raise NotImplementedError("No gradients flow between GPUs yet: run the transformer under torch.no_grad().")
         split = self.shared // self.size

@@ -22,7 +22,7 @@ and 33.9 ms for Wan 14B. A smaller first part changes nothing: 22.1 ms for 6 and
 
 @torch.library.custom_op("diffusers_draft::to_heads", mutates_args=())
 def to_heads(query: Tensor, key: Tensor, value: Tensor, group: str, tokens: list[int]) -> Tensor:
-    """All tokens of this rank's heads.
+    """Receive all tokens of this rank's heads.
 
     Args:
         query: `(B, S on this rank or more, H, D)`.
@@ -44,7 +44,7 @@ def _(query, key, value, group, tokens):
 
 @torch.library.custom_op("diffusers_draft::to_tokens", mutates_args=())
 def to_tokens(out: Tensor, group: str, size: int, split: int) -> Tensor:
-    """This rank's tokens, of all heads.
+    """Receive this rank's tokens, of all heads.
 
     Args:
         out: `(B, S, H / ranks, D)`.

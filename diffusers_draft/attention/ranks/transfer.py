@@ -32,7 +32,7 @@ class Underway:
         self.operations: list[dist.P2POp] = []  # hold the tensors that are sent, which must live until they have been
 
     def swap(self, sent: Sequence[Tensor], received: Sequence[Tensor]) -> None:
-        """Sends parts to each other rank and receives as many from it; this rank's own are copied meanwhile.
+        """Send parts to each other rank and receive as many from it; this rank's own are copied meanwhile.
 
         Args:
             sent: one or more parts for each rank in turn.
@@ -51,7 +51,7 @@ class Underway:
             _copy(received[index], sent[index])
 
     def wait(self) -> Tensor:
-        """What came."""
+        """Wait until everything has come, and return it."""
         for work in self.works:
             work.wait()
         return self.tensor
@@ -60,7 +60,7 @@ class Underway:
 def start_to_heads(
     query: Tensor, key: Tensor, value: Tensor, ranks: dist.ProcessGroup, tokens: list[int], part: slice = slice(None)
 ) -> Underway:
-    """Sends all tokens of each rank's heads to it.
+    """Send all tokens of each rank's heads to it.
 
     Args:
         query: `(B, S on this rank or more, H, D)`.
@@ -91,7 +91,7 @@ def start_to_heads(
 
 
 def start_to_tokens(out: Tensor, ranks: dist.ProcessGroup, split: int) -> Underway:
-    """Sends each rank its tokens of this rank's heads.
+    """Send each rank its tokens of this rank's heads.
 
     Args:
         out: `(B, S, heads, D)`.
@@ -115,7 +115,7 @@ def start_to_tokens(out: Tensor, ranks: dist.ProcessGroup, split: int) -> Underw
 
 
 def place(parts: list[Tensor]) -> Tensor:
-    """Puts the parts of `start_to_tokens` together: `(B, S on this rank, H, D)`."""
+    """Put the parts of `start_to_tokens` together: `(B, S on this rank, H, D)`."""
     ranks, tokens, batch, _, head_dim = parts[0].shape
     heads = [part.shape[3] for part in parts]
     whole = parts[0].new_empty(batch, tokens, ranks, sum(heads), head_dim)
@@ -125,7 +125,7 @@ def place(parts: list[Tensor]) -> Tensor:
 
 
 def group_named(name: str) -> dist.ProcessGroup:
-    """The ranks of the process group with that `group_name`: operators take strings, not groups.
+    """Look up the ranks of the process group with that `group_name`: operators take strings, not groups.
 
     Where all processes exchange through NCCL, this is a group of its own with priority: what is sent or received takes
     the next processors of the GPU that are free, and does not wait until attention, whose thread blocks are many, has
@@ -151,7 +151,7 @@ def _packed(tensor: Tensor) -> Tensor:
 
 
 def _copy(into: Tensor, tensor: Tensor) -> None:
-    """Copies 8 bytes at a time where it can: torch copies tensors with strides element by element."""
+    """Copy 8 bytes at a time where it can: torch copies tensors with strides element by element."""
     if all(map(_in_words, (into, tensor))):
         into, tensor = into.view(WORD), tensor.view(WORD)
     into.copy_(tensor)

@@ -235,7 +235,7 @@ def _load_scores(scores_ptr, map_id, row, n, stride, COLUMNS: tl.constexpr):
 
 @triton.jit
 def _keys(scores, lse, row, COLUMNS: tl.constexpr):
-    """Fixed-point ranks: the own block above all, columns outside the map at -1."""
+    """Make fixed-point ranks: the own block above all, columns outside the map at -1."""
     column = tl.arange(0, COLUMNS)
     gap = tl.maximum(tl.minimum(scores - lse, 0.0), -63.9)
     keys = tl.maximum(tl.minimum((gap * 33554432.0).to(tl.int32) + _TOP, _TOP - 1), 0)

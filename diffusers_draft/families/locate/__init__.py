@@ -1,1 +1,1 @@
-"""Finds the video tokens from the arguments of a forward."""
+"""Helpers that locate the video tokens from the arguments of a forward."""

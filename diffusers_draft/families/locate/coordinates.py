@@ -1,4 +1,4 @@
-"""Grids of packed latents, read from the coordinates of their tokens."""
+"""Locate the video tokens of packed latents, from the coordinates of the tokens."""
 
 import itertools
 import math
@@ -12,9 +12,12 @@ from .reading import read_once
 
 
 def from_arguments(inputs: Inputs, config: Any) -> VideoTokens:
-    """The grid that the arguments of the forward give, where they give one, or else its coordinates.
+    """Locate the video tokens by the grid among the arguments if it fits, otherwise by the coordinates.
 
-    Tokens that do not belong to the grid of the arguments lie behind it.
+    With the grid of the arguments, the video comes first and all other tokens lie behind it.
+
+    Raises:
+        ValueError: if the grid does not fit and there are no coordinates.
     """
     seq_len = inputs["hidden_states"].shape[1]
     frames, rows, columns = (inputs.get(name) or 0 for name in ("num_frames", "height", "width"))
@@ -32,7 +35,7 @@ def from_arguments(inputs: Inputs, config: Any) -> VideoTokens:
 
 @read_once
 def _largest_video(coords: Tensor) -> VideoTokens:
-    """Of the first sample of `(B, 3, S)` coordinates, or `(B, 3, S, 2)` where each has a begin and an end."""
+    """Find the largest video of the first sample, by `(B, 3, S)` coordinates, or `(B, 3, S, 2)` begins and ends."""
     known = coords[0].cpu()
     found = videos(known[..., 0], ends=known[0, :, 1]) if known.dim() == 3 else videos(known)
     return max(found, key=lambda video: math.prod(video.grid))
@@ -40,19 +43,19 @@ def _largest_video(coords: Tensor) -> VideoTokens:
 
 @read_once
 def from_positions(position_ids: Tensor) -> VideoTokens:
-    """The last video of a packed sequence, from the `(S, 3)` coordinates of its tokens."""
+    """Locate the last video of a packed sequence by the `(S, 3)` coordinates of its tokens."""
     return videos(position_ids.T.cpu())[-1]
 
 
 def videos(coords: Tensor, ends: Tensor | None = None) -> list[VideoTokens]:
-    """Cuts a sequence into runs of frames in raster order that cover the same places at increasing times.
+    """Divide a sequence into videos: runs of frames that cover the same rows and columns at increasing times.
 
-    Conditions in front of a video or behind it begin at another time or cover other places.
+    Conditions in front of a video or behind it break the run of times or cover other rows and columns.
 
     Args:
         coords: `(3, S)` time, row and column of each token in any unit, on the CPU.
-        ends: `(S,)` when each token's time ends. With it the next frame of a video begins just then, which a keyframe
-            behind the video does not.
+        ends: `(S,)` time at which each token ends. If given, the next frame of a video must begin exactly there, which
+            keeps a keyframe behind the video apart.
     """
     time, row, column = coords
     restarts = (row[1:] < row[:-1]) | ((row[1:] == row[:-1]) & (column[1:] <= column[:-1]))

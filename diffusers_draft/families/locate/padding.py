@@ -1,4 +1,4 @@
-"""Masks over text, which give lengths where valid tokens come first."""
+"""Lengths of padded text, from its mask."""
 
 import torch
 from torch import Tensor
@@ -7,7 +7,7 @@ from .reading import read_once
 
 
 def lengths_of(mask: Tensor) -> Tensor | None:
-    """The `(B,)` numbers of valid tokens of a `(B, L)` mask; None where some sample's do not all come first."""
+    """Count the valid tokens of each sample of a `(B, L)` mask; return None unless all are right-padded."""
     return mask.bool().sum(dim=1, dtype=torch.int32) if _is_right_padded(mask) else None
 
 

@@ -1,4 +1,4 @@
-"""What must be read from a tensor's values, once for each tensor."""
+"""Cache of results that are read from the values of a tensor."""
 
 import functools
 from collections.abc import Callable
@@ -9,10 +9,10 @@ from torch.utils.weak import WeakTensorKeyDictionary
 
 
 def read_once(read: Callable[[Tensor], Any]) -> Callable[[Tensor], Any]:
-    """Remembers the result as long as the tensor lives and nobody writes into it.
+    """Cache the result of a function of one tensor, until the tensor is freed or written to.
 
-    Reading waits for the GPU, and most pipelines keep their masks and coordinates for a whole run. Tensors of
-    inference mode do not know of writes.
+    Reading waits for the GPU, and most pipelines keep their masks and coordinates for a whole run. Inference tensors
+    have no version counter, so writes to them are not noticed.
     """
     found: WeakTensorKeyDictionary = WeakTensorKeyDictionary()
 

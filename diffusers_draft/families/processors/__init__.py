@@ -1,1 +1,1 @@
-"""Attention processors that are written out, because stock ones waste what sparsity saves."""
+"""Attention processors that replace stock ones which are too slow for sparse attention to pay."""

@@ -1,4 +1,4 @@
-"""HunyuanVideo 1.5 with a mask over keys, where stock makes one over all pairs of tokens in every layer."""
+"""HunyuanVideo 1.5 with a mask over keys; the stock processor makes one over all pairs of tokens in every layer."""
 
 from typing import Any
 
@@ -17,7 +17,7 @@ def attend_with_key_mask(
     attention_mask: Tensor | None = None,
     image_rotary_emb: tuple[Tensor, Tensor] | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """`HunyuanVideo15AttnProcessor2_0.__call__`, equal to it on the video and on valid text.
+    """Run attention as `HunyuanVideo15AttnProcessor2_0.__call__`, with equal results for the video and valid text.
 
     Args:
         self: the processor.

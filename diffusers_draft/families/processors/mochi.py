@@ -1,4 +1,4 @@
-"""Mochi without a loop over the samples: padded text is moved behind, not cut out, so that nothing waits for it."""
+"""Mochi without a loop over samples: padded text is moved to the end, as cutting it would wait for the GPU."""
 
 from typing import Any
 
@@ -16,9 +16,9 @@ def attend_to_valid_text(
     attention_mask: Tensor,
     image_rotary_emb: tuple[Tensor, Tensor] | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """`MochiAttnProcessor2_0.__call__`, equal to it up to rounding.
+    """Run attention as `MochiAttnProcessor2_0.__call__`, with equal results up to rounding.
 
-    Where valid text is not in front, upstream puts it there, and leaves the result there too.
+    Like upstream, move valid text to the front and leave its output there.
 
     Args:
         self: the processor.

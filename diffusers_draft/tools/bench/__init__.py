@@ -1,1 +1,1 @@
-"""Measurements that a user can repeat: speed of the attention, as ratios taken in one run."""
+"""Benchmarks of one attention call and of one denoising step, as ratios to dense attention in the same run."""

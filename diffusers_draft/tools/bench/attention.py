@@ -1,4 +1,4 @@
-"""One attention call: dense baselines, every backend and the stages, each checked before it is timed."""
+"""Benchmark of one attention call: dense baselines, backends and stages, each checked before it is timed."""
 
 import contextlib
 from collections.abc import Callable, Iterator
@@ -19,21 +19,21 @@ from .measure import Time, measure
 from .shapes import Shape
 
 TOLERANCE = {torch.float32: 1e-4, torch.float16: 5e-3, torch.bfloat16: 2e-2}
-"""Largest error, relative to float32 rows, at which a time is printed."""
+"""Largest relative error, against reference rows, at which a result is timed, by dtype."""
 
 
 @dataclass(frozen=True)
 class Row:
-    """One line of the table.
+    """One row of the benchmark's table.
 
     Attributes:
         name: what was run.
         kind: `"dense"`, `"draft"` (the whole operator) or `"stage"`.
-        sparsity: what was asked for; None for dense.
+        sparsity: the requested sparsity; None for dense.
         budget: `"head"` or `"row"`; None for dense.
-        time: None where it could not run or was wrong.
-        density: share of the block pairs that was computed.
-        error: relative to float32 rows, on sampled query blocks.
+        time: the measured time; None if the call failed or its result was wrong.
+        density: computed share of the block pairs.
+        error: relative error against reference rows, on sampled query blocks.
         note: why there is no time.
     """
 
@@ -49,7 +49,7 @@ class Row:
 
 @dataclass(frozen=True)
 class Case:
-    """Inputs of one shape: `(B, S, H, D)` each, with the dense float32 rows they are checked against."""
+    """Query, key and value of one shape, `(B, S, H, D)` each, and the least time to measure, in seconds."""
 
     shape: Shape
     tensors: tuple[Tensor, ...]
@@ -61,13 +61,13 @@ class Case:
 
 
 def run_dense(case: Case) -> Iterator[Row]:
-    """Times what diffusers runs by default and the dense kernels that can be had."""
+    """Time diffusers' default dense attention and every dense kernel that is available here."""
     for name, call in _dense_calls(case).items():
         yield _checked_row(name, "dense", case, call, _dense_rows(case))
 
 
 def run_draft(case: Case, sparsity: float, budget: Budget, tile: Tile, backends: list[str]) -> Iterator[Row]:
-    """Times the whole operator with each backend, and the stages with the backend that `auto` takes."""
+    """Time the whole operator with each backend, and each stage with the backend that `auto` chooses."""
     query, key, value = case.tensors
     state = _stages(case, sparsity, budget, tile)
     mask: BlockMask = state["mask"]
@@ -119,7 +119,7 @@ def _dense_calls(case: Case) -> dict[str, Callable[[], Tensor]]:
 
 
 def _stages(case: Case, sparsity: float, budget: Budget, tile: Tile) -> dict[str, Any]:
-    """Run the operator once, stage by stage, and keep what the checks and the timings need."""
+    """Run the operator once, stage by stage; return its mask and layout, and a call for each stage."""
     query, key, value = case.tensors
     geometry = torch.tensor([*case.shape.grid, 0])
     method = Method(budget=budget, tile=tile)
@@ -140,16 +140,18 @@ def _stages(case: Case, sparsity: float, budget: Budget, tile: Tile) -> dict[str
 
 
 Expected = list[tuple[tuple[Any, ...], Tensor]]
-"""Places in a `(B, S, H, D)` result and the float32 values that belong there."""
+"""Indices into a `(B, S, H, D)` result and the float32 values expected there, computed in float64."""
 
 
 def _sampled_rows(case: Case, num_blocks: int) -> Iterator[tuple[int, int, int]]:
+    """Sample (batch index, head, query block): the first block, the last one and six random ones."""
     generator = torch.Generator().manual_seed(0)
     for row in [0, num_blocks - 1, *torch.randint(num_blocks, (6,), generator=generator).tolist()]:
         yield case.shape.batch - 1, int(torch.randint(case.shape.heads, (1,), generator=generator)), row
 
 
 def _dense_rows(case: Case, block: int = 128) -> Expected:
+    """Compute dense attention of sampled query blocks."""
     return [
         (where, _attend_row(case, where, slice(None)))
         for sample, head, row in _sampled_rows(case, -(-case.shape.seq_len // block))
@@ -158,6 +160,7 @@ def _dense_rows(case: Case, block: int = 128) -> Expected:
 
 
 def _sparse_rows(case: Case, state: dict[str, Any]) -> Expected:
+    """Compute attention of sampled query blocks to the keys that the mask keeps."""
     mask, order = state["mask"], state["layout"].order
     expected = []
     for sample, head, row in _sampled_rows(case, mask.kv_num_blocks.shape[-1]):
@@ -178,6 +181,7 @@ def _attend_row(case: Case, where: tuple[Any, ...], keys: Any) -> Tensor:
 def _checked_row(
     name: str, kind: str, case: Case, call: Callable[[], Tensor], expected: Expected, **facts: Any
 ) -> Row:
+    """Time a call if its result is right; otherwise return a row that says why there is no time."""
     try:
         out = call()
     except (ImportError, RuntimeError, ValueError) as failure:

@@ -1,4 +1,4 @@
-"""Timing, and what a reader must know about the machine."""
+"""Timing, and a description of the machine for the record."""
 
 import datetime
 import importlib.metadata
@@ -15,7 +15,7 @@ from torch.utils.benchmark import Timer
 
 @dataclass(frozen=True)
 class Time:
-    """Milliseconds: the median and the quartiles of `runs` runs."""
+    """Median and quartiles, in milliseconds, of `runs` runs."""
 
     median: float
     low: float
@@ -24,10 +24,10 @@ class Time:
 
 
 def measure(call: Callable[[], object], seconds: float = 1.0) -> Time:
-    """Times a call after warming up, waiting for the device around every block of runs.
+    """Time a call after warming up, waiting for the device around every block of runs.
 
-    In a group of processes all of them make the same calls, whose exchanges would not meet otherwise, and the result
-    is the mean of theirs: no two GPUs are equally fast.
+    In a process group every process makes the same number of calls, so that their exchanges match, and the result is
+    the mean over processes, because GPUs differ in speed.
     """
     for _ in range(2):
         call()
@@ -36,7 +36,7 @@ def measure(call: Callable[[], object], seconds: float = 1.0) -> Time:
         first = torch.tensor(timer.timeit(1).mean, device=torch.accelerator.current_accelerator(check_available=True))
         dist.broadcast(first, 0)
         runs = max(3, math.ceil(seconds / first.item()))
-        for _ in range(runs):  # until the GPUs have the clocks that they can keep
+        for _ in range(runs):  # until the clocks of the GPUs are steady
             call()
         times = torch.tensor([timer.timeit(1).mean for _ in range(runs)]) * 1e3
         quartiles = times.quantile(torch.tensor([0.25, 0.5, 0.75])).to(first)
@@ -49,7 +49,7 @@ def measure(call: Callable[[], object], seconds: float = 1.0) -> Time:
 
 
 def environment(device: torch.device) -> dict[str, str]:
-    """Device, versions and command, for the record."""
+    """Collect device, versions, date and command for the record of a measurement."""
     versions = {}
     for package in ("diffusers-draft", "diffusers", "torch", "triton", "flash-attn-4", "block-sparse-attn"):
         try:

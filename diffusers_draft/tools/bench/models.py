@@ -1,4 +1,4 @@
-"""Real transformers at their real width, to be built with a few blocks and random weights."""
+"""Transformers to benchmark: real classes at their real width, built with few blocks and random weights."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -17,11 +17,11 @@ class Model:
     Attributes:
         shape: name of its attention shape in `SHAPES`.
         blocks: for each kind of block, its module list, the config key of its length and the real length.
-        build: makes it with so many blocks of each kind.
+        build: makes the transformer, given the number of blocks of each kind.
         inputs: makes the arguments of a forward.
-        scheduler: makes its scheduler.
+        scheduler: makes the scheduler.
         forwards: forwards for each step (2 with classifier-free guidance).
-        sparsity: the paper's.
+        sparsity: the sparsity that the paper uses for it.
     """
 
     shape: str

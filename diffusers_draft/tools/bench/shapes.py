@@ -1,4 +1,4 @@
-"""Attention shapes of real models, and inputs for them."""
+"""Attention shapes of real models, and random inputs of those shapes."""
 
 from dataclasses import dataclass
 
@@ -11,7 +11,7 @@ from ...attention.layout import Grid
 
 @dataclass(frozen=True)
 class Shape:
-    """One attention call: `(T, Y, X)` video tokens, then `text` tokens, `batch` samples."""
+    """Sizes of one attention call: `(T, Y, X)` video tokens, then `text` tokens, in `batch` samples."""
 
     grid: Grid
     heads: int
@@ -46,14 +46,14 @@ SHAPES = {
 
 
 def random_inputs(shape: Shape, device: torch.device, dtype: torch.dtype, seed: int = 0) -> tuple[Tensor, ...]:
-    """Gaussian query, key and value, `(B, S, H, D)`: a flat draft map, the easiest case for a kernel."""
+    """Draw Gaussian query, key and value, `(B, S, H, D)`: the draft map is flat, the easiest case for a kernel."""
     generator = torch.Generator(device).manual_seed(seed)
     size = (shape.batch, shape.seq_len, shape.heads, shape.head_dim)
     return tuple(torch.randn(size, device=device, generator=generator).to(dtype) for _ in range(3))
 
 
 def structured_inputs(shape: Shape, device: torch.device, dtype: torch.dtype, seed: int = 0) -> tuple[Tensor, ...]:
-    """Query and key that share a smooth field over space and time, plus noise: a draft map with real peaks."""
+    """Draw query and key as one smooth field over space and time plus noise, so that the draft map has peaks."""
     generator = torch.Generator(device).manual_seed(seed)
 
     def noise(*size: int) -> Tensor:

@@ -1,7 +1,7 @@
-"""One denoising step of a real transformer at its real width, dense and with draft attention.
+"""Benchmark of one denoising step of a real transformer at its real width, dense and with draft attention.
 
-Weights are random and only a few blocks are built; a block's cost is the difference that more of its kind make, and
-the whole step is summed from those.
+Weights are random and only a few blocks are built. The time of a block is the difference between forwards with more
+and with fewer blocks of its kind; the time of the whole step is the sum over all blocks.
 """
 
 import contextlib
@@ -26,32 +26,32 @@ from .models import MODELS, Model
 from .shapes import SHAPES
 
 NO_ATTENTION = "no attention"
-"""The step whose attention returns its values: what is left of it is everything else."""
+"""Name of the step whose attention returns `value` unchanged: it measures everything but attention."""
 ONE_GPU = "draft on one GPU"
-"""The step before the model is split over several."""
+"""Name of the step with draft attention that is measured before the model is split over several GPUs."""
 NOT_DENSE = (NO_ATTENTION, ONE_GPU)
-"""Steps that dense attention is not to be judged by."""
+"""Names of steps that do not compete for the best dense attention."""
 BLOCKS = 4
-"""Blocks of each kind that are built. A block's time is a share of the difference that all but one of them make: with
-one more alone, the noise of both forwards would be in it."""
+"""Number of blocks of each kind that are built. The time of one block is the difference between all of them and one,
+divided by their number less one, so that the noise of the two forwards is divided too."""
 SAME = 2e-2
-"""The largest relative error of bfloat16 outputs that are the same."""
+"""Largest relative error between bfloat16 outputs that count as equal."""
 
 
 @dataclass(frozen=True)
 class Step:
-    """One way to run a step.
+    """Measured times of a step with one kind of attention.
 
     Attributes:
         name: dense attention or draft attention, and with what.
-        compiled: were the repeated blocks compiled?
+        compiled: whether the repeated blocks were compiled.
         block_ms: milliseconds of one block of each kind.
-        rest_ms: everything else in a forward.
-        step_ms: a whole forward with all layers, `dense_layers` of them dense.
+        rest_ms: milliseconds of everything else in a forward.
+        step_ms: milliseconds of a forward with the real number of blocks.
         times: the measured forwards, by number of blocks of each kind.
         memory_gib: peak memory of the forward beyond weights and inputs, on a GPU.
-        exchange_ms: milliseconds of the exchanges of several GPUs in one layer, if nothing attends meanwhile. In draft
-            attention a part of them runs beside it.
+        exchange_ms: milliseconds of the exchanges between GPUs in one layer without attention. In draft attention they
+            overlap with it in part.
     """
 
     name: str
@@ -75,22 +75,23 @@ def run(
     seconds: float,
     split: Callable[[nn.Module], None] | None = None,
 ) -> Iterator[Step]:
-    """Measures attention as diffusers ships it, none at all, the best dense kernels, and draft attention.
+    """Measure a step with diffusers' default attention, no attention, dense kernels, and draft attention.
 
-    Draft attention's blocks are the paper's.
+    Draft attention uses the paper's tile.
 
     Args:
         name: key of `MODELS`.
-        sparsity: the model's own where None.
+        sparsity: as in `DraftConfig`; by default the model's in `MODELS`.
         budget: as in `DraftConfig`.
-        backend: likewise.
+        backend: as in `DraftConfig`.
         compiled: whether to compile the repeated blocks.
-        device: to run on.
+        device: the device to run on.
         seconds: least time to measure each forward.
-        split: splits a transformer over GPUs. Draft attention on one GPU comes first then, and is compared with.
+        split: splits a transformer over GPUs. If given, draft attention on one GPU is measured first and the output
+            of several GPUs is checked against it.
 
     Raises:
-        RuntimeError: if the output of several GPUs is not that of one.
+        RuntimeError: if the output of several GPUs differs from that of one.
     """
     model = MODELS[name]
     dtype = torch.bfloat16
@@ -134,6 +135,7 @@ def run(
 
 
 def _check_same(output: Tensor, expected: Tensor) -> None:
+    """Raise RuntimeError if the output of several GPUs differs from that of one."""
     error = ((output.double() - expected.double()).norm() / expected.double().norm()).item()
     if not error < SAME:
         raise RuntimeError(f"Several GPUs give another output than one: relative error {error:.1e}, above {SAME:g}.")
@@ -141,7 +143,7 @@ def _check_same(output: Tensor, expected: Tensor) -> None:
 
 
 def _exchange_ms(transformer: Any, inputs: dict[str, Tensor], seconds: float) -> float:
-    """Milliseconds of one layer's exchanges, to heads and back, if all heads travel at once and nothing attends."""
+    """Measure one layer's exchanges, to heads and back, in milliseconds: all heads at once and without attention."""
     seen: list[AttentionCall] = []
     handle = enable_draft_attention(transformer, dense_layers=())
     with handle, handle._watched(seen.append), torch.inference_mode(), torch.compiler.set_stance("force_eager"):
@@ -155,6 +157,7 @@ def _exchange_ms(transformer: Any, inputs: dict[str, Tensor], seconds: float) ->
 def _step(
     name: str, transformer: Any, model: Model, inputs: dict[str, Tensor], compiled: bool, seconds: float
 ) -> Step:
+    """Measure forwards with one and with more blocks of each kind, and compute the time of the whole step."""
     torch._dynamo.reset()
     lists = {path: transformer.get_submodule(path) for path, _, _ in model.blocks}
     times = {}
@@ -180,6 +183,7 @@ def _step(
 def _with_blocks(
     transformer: Any, lists: dict[str, Any], lengths: dict[str, int], call: Callable[[], None], seconds: float
 ) -> Time:
+    """Time a call while the transformer's module lists are cut to the given lengths."""
     try:
         for path, length in lengths.items():
             setattr(transformer, path, lists[path][:length])
@@ -190,6 +194,7 @@ def _with_blocks(
 
 
 def _peak_memory(call: Callable[[], None], device: torch.device) -> float:
+    """Measure the memory in GiB that a call allocates at its peak; 0 on a CPU."""
     if device.type != "cuda":
         return 0.0
     torch.cuda.synchronize()
@@ -201,6 +206,7 @@ def _peak_memory(call: Callable[[], None], device: torch.device) -> float:
 
 
 def _dense_kernels(device: torch.device) -> list[str]:
+    """List the dense kernels that are available on a device, besides diffusers' default."""
     if device.type != "cuda":
         return []
     kernels = ["cudnn"]
@@ -213,6 +219,7 @@ def _dense_kernels(device: torch.device) -> list[str]:
 
 @torch.library.custom_op("diffusers_draft_bench::dense", mutates_args=())
 def _dense(query: Tensor, key: Tensor, value: Tensor, kernel: str) -> Tensor:
+    """Run one dense kernel, or return a copy of `value` for `"no"`."""
     if kernel == "no":
         return value.clone()
     if kernel == "fa4":
@@ -230,7 +237,7 @@ def _(query, key, value, kernel):
 
 
 def _through(kernel: str) -> Hook:
-    """Attend with a dense kernel, or not at all, without a mask, as no text of these inputs is padding."""
+    """Make a hook that attends with a dense kernel, or not at all; no mask is needed, as no text is padded."""
 
     def attend(call: AttentionCall) -> Tensor:
         return _dense(call.query, call.key, call.value, kernel)
@@ -239,7 +246,18 @@ def _through(kernel: str) -> Hook:
 
 
 def predict(name: str, steps: list[Step], num_steps: int) -> dict[str, float]:
-    """Seconds of a whole run: the best dense, and draft attention with the family's dense steps and layers."""
+    """Predict the time of a whole run, with the best dense attention and with draft attention.
+
+    Draft attention has the dense steps and layers of the model's family.
+
+    Args:
+        name: key of `MODELS`.
+        steps: from `run`, draft attention last.
+        num_steps: denoising steps of the run.
+
+    Returns:
+        Numbers by name; those in `_s` are seconds, those in `_ms` milliseconds.
+    """
     model = MODELS[name]
     scheduler = model.scheduler()
     scheduler.set_timesteps(num_steps)

@@ -1,4 +1,4 @@
-"""Rows of a benchmark as a table and as a picture."""
+"""Output of a benchmark's rows: a table as text and a plot."""
 
 from pathlib import Path
 
@@ -7,13 +7,13 @@ from .shapes import Shape
 
 
 def best_dense(rows: list[Row]) -> tuple[str, float] | None:
-    """Name and milliseconds of the fastest dense baseline of the run: what a speed-up is measured against."""
+    """Find the fastest dense baseline, the reference of every speed-up; return its name and milliseconds."""
     timed = [(row.name, row.time.median) for row in rows if row.kind == "dense" and row.time]
     return min(timed, key=lambda pair: pair[1], default=None)
 
 
 def format_table(rows: list[Row], shape: Shape) -> str:
-    """One line for each row, with ratios to the best dense time of the same run."""
+    """Write one line for each row, with ratios to the best dense time of the same run."""
     best = best_dense(rows)
     head = f"{'':34s} {'ms':>9s} {'quartiles':>19s} {'TFLOP/s':>8s} {'speed-up':>9s} {'of ideal':>9s} {'error':>8s}"
     lines = [head]
@@ -39,7 +39,7 @@ def format_table(rows: list[Row], shape: Shape) -> str:
 
 
 def plot(rows: list[Row], path: Path, title: str) -> None:
-    """Draws time against sparsity for every backend, with the best dense time and the ideal line."""
+    """Plot time against sparsity for every backend, with the best dense time and the ideal line."""
     import matplotlib
 
     matplotlib.use("Agg")

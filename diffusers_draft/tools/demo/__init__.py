@@ -1,1 +1,1 @@
-"""The embedded demo: a small Wan pipeline that runs anywhere, and pictures of what draft attention did in it."""
+"""The demo: a small trained Wan pipeline that runs on a CPU, its procedural videos, and pictures of its blocks."""

@@ -1,4 +1,4 @@
-"""Looks into one attention layer: queries, keys and values of its last call."""
+"""Capture of queries, keys and values of one attention layer."""
 
 import math
 from collections.abc import Iterator
@@ -23,14 +23,14 @@ class Captured:
 
 @contextmanager
 def captured(transformer: nn.Module, layer: str) -> Iterator[Captured]:
-    """Keep queries, keys and values of a layer's last call, which runs as if nobody looked.
+    """Capture queries, keys and values of a layer's last call, without changing its output.
 
     Args:
-        transformer: one that draft attention knows.
+        transformer: a supported transformer.
         layer: path of a video self-attention layer with diffusers' own processor, for example `"blocks.1.attn1"`.
 
     Yields:
-        What is filled by every call of the layer.
+        The tensors, which every call of the layer replaces.
 
     Raises:
         ValueError: if the layer has another processor, for example while draft attention is enabled.

@@ -1,4 +1,4 @@
-"""Draws scenes as videos, on any device, a whole batch at once."""
+"""Rendering of scenes as videos, on any device, a whole batch at once."""
 
 import math
 from collections.abc import Callable
@@ -10,21 +10,21 @@ from torch import Tensor
 from .scenes import CAMERAS, COLOURS, MOTIONS, PATTERNS, SHAPES, TEXTURES, Scenes
 
 LIGHT = (-0.6, -0.8)
-"""Where the light comes from, in the plane of the frame."""
+"""Direction that the light comes from, (x, y) in the plane of the frame."""
 SHADOW = 5.0
-"""How far a shadow falls, in pixels."""
+"""Distance of a shadow from its shape, in pixels."""
 PERIODS = 1.3
-"""Of a shape's texture, in one radius."""
+"""Periods of a shape's texture in one radius."""
 
 
 def draw(scenes: Scenes, frames: int, height: int, width: int) -> Tensor:
-    """Draws a batch of clips.
+    """Draw a batch of clips.
 
     Args:
-        scenes: what they show, on the device to draw on.
+        scenes: what the clips show, on the device to draw on.
         frames: F, frames of a clip.
         height: H in pixels.
-        width: W likewise.
+        width: W in pixels.
 
     Returns:
         `(B, 3, F, H, W)` float32 in [-1, 1].
@@ -43,7 +43,7 @@ def draw(scenes: Scenes, frames: int, height: int, width: int) -> Tensor:
 
 @dataclass(frozen=True)
 class _World:
-    """Where the pixels of a clip look: `(B, F, H, W)` x and y, `(F,)` times and `(B, F, 1, 1)` zoom."""
+    """World coordinates of the pixels: `(B, F, H, W)` x and y, `(F,)` times and `(B, F, 1, 1)` zoom."""
 
     x: Tensor
     y: Tensor
@@ -53,7 +53,7 @@ class _World:
 
 @dataclass(frozen=True)
 class _Shapes:
-    """`(B, K, F, H, W)` each: how much of a pixel every shape covers and shades, and its brightness."""
+    """Layers of all shapes, `(B, K, F, H, W)` each: coverage and shadow of every pixel, and brightness."""
 
     cover: Tensor
     shadow: Tensor
@@ -61,6 +61,7 @@ class _Shapes:
 
 
 def _world(scenes: Scenes, frames: int, height: int, width: int) -> _World:
+    """Compute the world coordinates of all pixels under the motion of the camera."""
     device = scenes.camera.device
     time = torch.arange(frames, device=device) - (frames - 1) / 2
     across, down = _towards(CAMERAS, "left", "right", device), _towards(CAMERAS, "up", "down", device)
@@ -76,7 +77,7 @@ def _world(scenes: Scenes, frames: int, height: int, width: int) -> _World:
 
 
 def _background(scenes: Scenes, world: _World) -> Tensor:
-    """`(B, F, H, W)` in [0, 1]: the pattern's dark and bright parts."""
+    """Compute the brightness of the background pattern, `(B, F, H, W)` in [0, 1]."""
     size = _look_up(scenes.pattern_size)
     angle = _look_up(scenes.pattern_angle)
     u = (world.x * angle.cos() + world.y * angle.sin()) / size
@@ -94,6 +95,7 @@ def _background(scenes: Scenes, world: _World) -> Tensor:
 
 
 def _shapes(scenes: Scenes, world: _World) -> _Shapes:
+    """Compute coverage, shadow and brightness of all shapes."""
     radius = _look_up(scenes.radius)
     x, y, turn = _motion(scenes, world.time)
     x, y = (world.x[:, None] - x) / radius, (world.y[:, None] - y) / radius
@@ -117,7 +119,7 @@ def _shapes(scenes: Scenes, world: _World) -> _Shapes:
 
 
 def _motion(scenes: Scenes, time: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """`(B, K, F, 1, 1)` each: x, y and the angle."""
+    """Compute x, y and the angle of every shape in every frame, `(B, K, F, 1, 1)` each."""
     device = time.device
     across, down = _towards(MOTIONS, "left", "right", device), _towards(MOTIONS, "up", "down", device)
     bounces, spins = _towards(MOTIONS, "", "bouncing", device), _towards(MOTIONS, "", "spinning", device)
@@ -130,7 +132,7 @@ def _motion(scenes: Scenes, time: Tensor) -> tuple[Tensor, Tensor, Tensor]:
 
 
 def _texture(x: Tensor, y: Tensor, pixels: Tensor, index: Tensor) -> Tensor:
-    """`(B, K, F, H, W)` in [0, 1] for coordinates in radii."""
+    """Compute the brightness of the shapes' textures, `(B, K, F, H, W)` in [0, 1], at coordinates in radii."""
     u, v = PERIODS * x, PERIODS * y
     edge = pixels / (PERIODS * math.pi)
     values = {"plain": torch.ones_like(u), "striped": _wave(u), "checkered": _wave(u) * _wave(v)}
@@ -139,18 +141,19 @@ def _texture(x: Tensor, y: Tensor, pixels: Tensor, index: Tensor) -> Tensor:
 
 
 def _star(x: Tensor, y: Tensor) -> Tensor:
-    """Of five points: a sector of 36 degrees, mirrored ten times."""
+    """Compute the signed distance to a star of five points: one sector of 36 degrees, mirrored ten times."""
     sector = math.pi / 5
     angle = torch.atan2(x, -y)
     angle = torch.remainder(angle + sector, 2 * sector) - sector
     length = torch.hypot(x, y)
     across, along = length * angle.sin().abs(), length * angle.cos()
-    # From the point at (0, 1.1) to the notch at half of that.
+    # The edge runs from the point at (0, 1.1) to the notch at half that radius.
     edge_x, edge_y = 0.55 * math.sin(sector), 0.55 * math.cos(sector) - 1.1
     return (across * -edge_y + (along - 1.1) * edge_x) / math.hypot(edge_x, edge_y)
 
 
 def _cross(x: Tensor, y: Tensor) -> Tensor:
+    """Compute the signed distance to a cross of two bars."""
     x, y = x.abs(), y.abs()
     return torch.minimum(torch.maximum(x - 0.95, y - 0.34), torch.maximum(x - 0.34, y - 0.95))
 
@@ -163,30 +166,32 @@ _DISTANCES: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
     "ring": lambda x, y: (torch.hypot(x, y) - 0.7).abs() - 0.26,
     "cross": _cross,
 }
-"""Signed distances to the edge, in radii, for points in radii; negative inside."""
+"""Shape -> signed distance to its edge from (x, y), all in radii; negative inside."""
 
 
 def _wave(turns: Tensor) -> Tensor:
+    """Compute a sine of period 1."""
     return torch.sin(2 * math.pi * turns)
 
 
 def _threshold(value: Tensor, edge: Tensor) -> Tensor:
-    """1 above zero, 0 below, and between them over about one pixel."""
+    """Return 1 where the value is above zero and 0 below, with a soft edge of about one pixel."""
     return (0.5 + value * edge / 2).clamp(0, 1)
 
 
 def _palette(device: torch.device) -> Tensor:
+    """Return all colours, `(C, 3)`."""
     return torch.tensor(list(COLOURS.values()), device=device)
 
 
 def _towards(names: tuple[str, ...], negative: str, positive: str, device: torch.device) -> Tensor:
-    """For each name 1 if its last word is the positive one, -1 if it is the negative one, else 0."""
+    """Return for each name 1 if its last word is `positive`, -1 if it is `negative`, else 0."""
     words = [name.split()[-1] for name in names]
     return torch.tensor([float(word == positive) - float(word == negative) for word in words], device=device)
 
 
 def _choose(options: list[Tensor], index: Tensor) -> Tensor:
-    """For every clip or shape, the option of its index; all are computed."""
+    """Choose for every clip or shape the option with its index."""
     index = index[..., None, None, None]
     chosen = options[0]
     for number, option in enumerate(options[1:], start=1):
@@ -195,5 +200,5 @@ def _choose(options: list[Tensor], index: Tensor) -> Tensor:
 
 
 def _look_up(values: Tensor) -> Tensor:
-    """`(B, ...)` as something that pixels `(B, ..., F, H, W)` can be multiplied with."""
+    """Append three dimensions to `(B, ...)`, to broadcast it over pixels `(B, ..., F, H, W)`."""
     return values[..., None, None, None]

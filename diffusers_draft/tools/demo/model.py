@@ -1,4 +1,4 @@
-"""The demo's pipeline: a small Wan model that comes with the package."""
+"""The demo's pipeline: a small trained Wan model that comes with the package."""
 
 import contextlib
 from collections.abc import Iterator
@@ -18,7 +18,7 @@ WEIGHTS = Path(__file__).parent / "weights"
 
 
 def demo_pipeline() -> Any:
-    """Loads the demo's `WanPipeline` on the CPU in float32.
+    """Load the demo's `WanPipeline` on the CPU in float32.
 
     A token of its transformer is 8 x 8 pixels of two frames (of one in the beginning).
     """
@@ -27,7 +27,7 @@ def demo_pipeline() -> Any:
 
 
 def check_prompt(prompt: str) -> None:
-    """Finds out whether the model knows what the prompt speaks of.
+    """Raise ValueError for a prompt that the model cannot understand.
 
     Raises:
         ValueError: for an empty prompt or a word that is in no caption it was trained on.
@@ -43,7 +43,7 @@ def check_prompt(prompt: str) -> None:
 
 @contextlib.contextmanager
 def _without_bars() -> Iterator[None]:
-    """Hides the progress bars of loading, which takes less than a second."""
+    """Hide the progress bars of loading, which takes less than a second."""
     shown = [bars for bars in (logging_of_diffusers, logging_of_transformers) if bars.is_progress_bar_enabled()]
     for bars in shown:
         bars.disable_progress_bar()

@@ -1,4 +1,4 @@
-"""Pictures: two videos side by side, and a draft map with the blocks it keeps."""
+"""Pictures of the demo: videos side by side, and a draft map with the blocks it keeps."""
 
 import io
 from collections.abc import Sequence
@@ -21,7 +21,7 @@ QUERY_COLOUR = "#ff2d2d"
 
 
 def side_by_side(videos: Sequence[np.ndarray], captions: Sequence[str], *, scale: int = 2) -> list[Image.Image]:
-    """Put videos next to each other, each under its caption.
+    """Put videos side by side, each under its caption.
 
     Args:
         videos: `(F, H, W, 3)` uint8, all of one shape.
@@ -48,15 +48,15 @@ def side_by_side(videos: Sequence[np.ndarray], captions: Sequence[str], *, scale
 def draft_picture(
     tensors: Captured, grid: Grid, video: np.ndarray, config: DraftConfig, *, head: int = 0, block: int | None = None
 ) -> Image.Image:
-    """Draw what one head keeps: for one query block over the frames around it, and for all in the draft map.
+    """Draw the kept blocks of one head: for one query block over the video, for all blocks beside the draft map.
 
     Args:
-        tensors: of one layer, of video tokens alone.
+        tensors: tensors of one layer with video tokens alone.
         grid: `(T, Y, X)` tokens of the video.
-        video: `(F, H, W, 3)` uint8, to draw the blocks on.
+        video: `(F, H, W, 3)` uint8, which the blocks are drawn on.
         config: sparsity, tile and budget.
-        head: which head.
-        block: which query block; by default one in the middle of the video.
+        head: index of the head.
+        block: index of the query block; by default one in the middle of the video.
 
     Returns:
         An RGB image.
@@ -93,7 +93,7 @@ def draft_picture(
 
 
 def _draw_frames(figure: SubFigure, labels: Tensor, video: np.ndarray, kept: Tensor, block: int) -> None:
-    """Three latent frames around the query block, each under the blocks it is cut into; kept ones stay bright."""
+    """Draw three latent frames around the query block with the borders of blocks; kept blocks stay bright."""
     frames = len(labels)
     middle = int((labels == block).flatten(1).sum(1).argmax())
     shown = sorted({min(max(middle + step, 0), frames - 1) for step in (-1, 0, 1)})
@@ -119,7 +119,7 @@ def _draw_frames(figure: SubFigure, labels: Tensor, video: np.ndarray, kept: Ten
 
 
 def _borders(labels: Tensor) -> list[tuple[tuple[int, int], tuple[int, int]]]:
-    """Line segments, in (x, y), between neighbours with different labels `(Y, X)`."""
+    """List the line segments, in (x, y), between neighbours of different labels `(Y, X)`."""
     beside = (labels[:, 1:] != labels[:, :-1]).nonzero().tolist()
     below = (labels[1:] != labels[:-1]).nonzero().tolist()
     upright = [((x + 1, y), (x + 1, y + 1)) for y, x in beside]
@@ -127,6 +127,7 @@ def _borders(labels: Tensor) -> list[tuple[tuple[int, int], tuple[int, int]]]:
 
 
 def _draw_map(axes: Axes, draft: Tensor, title: str) -> None:
+    """Draw a draft map on a logarithmic scale."""
     shown = axes.imshow(draft.numpy(), norm=LogNorm(vmin=max(float(draft.max()) * 1e-3, 1e-12)), cmap="viridis")
     axes.figure.colorbar(shown, ax=axes, shrink=0.8)
     axes.set_title(title, fontsize="medium")

@@ -1,4 +1,4 @@
-"""Scenes of the procedural video set: shapes that move over a background, and the caption that says what they do."""
+"""Scenes of the procedural videos: random shapes that move over a background, and their captions."""
 
 from dataclasses import dataclass, fields
 from typing import Any
@@ -18,27 +18,27 @@ COLOURS = {
     "white": (0.95, 0.95, 0.95),
     "grey": (0.50, 0.50, 0.52),
 }
-"""Red, green and blue in [0, 1]."""
+"""Colour -> red, green and blue in [0, 1]."""
 SIZES = {"small": (22.0, 30.0), "big": (40.0, 54.0)}
-"""The least and the greatest radius, in pixels at any resolution."""
+"""Size -> smallest and largest radius, in pixels at any resolution."""
 SHAPES = ("circle", "square", "triangle", "star", "ring", "cross")
 TEXTURES = ("plain", "striped", "dotted", "checkered")
 MOTIONS = ("moving left", "moving right", "moving up", "moving down", "bouncing", "spinning", "standing still")
 PATTERNS = ("stripes", "checks", "dots", "waves", "sky")
 CAMERAS = ("still", "pans left", "pans right", "pans up", "pans down", "zooms in", "zooms out")
 MOST_SHAPES = 3
-"""In one scene; half of the scenes have one alone."""
+"""Largest number of shapes in a scene."""
 
 _CHOICES = (COLOURS, SIZES, SHAPES, TEXTURES, MOTIONS, PATTERNS, CAMERAS)
 WORDS = tuple(
     sorted({"a", "and", "over", "camera"} | {word for choice in _CHOICES for name in choice for word in name.split()})
 )
-"""Every word of a caption; commas apart."""
+"""All words that occur in captions."""
 
 
 @dataclass(frozen=True)
 class Scenes:
-    """What a batch of B clips shows.
+    """Descriptions of a batch of B clips.
 
     There are K places for shapes, `MOST_SHAPES` of them; later ones lie on top. All indices are int64 and all other
     numbers float32. Lengths are in pixels from the middle of the frame, to the right and down; times are in frames
@@ -85,20 +85,20 @@ class Scenes:
     brightness: Tensor
 
     def to(self, device: torch.device) -> "Scenes":
-        """The same on another device."""
+        """Copy the scenes to a device."""
         return Scenes(
             **{field.name: getattr(self, field.name).to(device, non_blocking=True) for field in fields(self)}
         )
 
 
 def sample_scenes(batch: int, height: int, width: int, generator: torch.Generator) -> Scenes:
-    """Draws scenes at random, on the CPU.
+    """Sample random scenes, on the CPU; half of them have one shape alone.
 
     Args:
-        batch: B, how many.
-        height: of the frame, in pixels.
-        width: likewise.
-        generator: on the CPU.
+        batch: B, the number of scenes.
+        height: height of the frame in pixels.
+        width: width of the frame in pixels.
+        generator: source of randomness, on the CPU.
     """
 
     def choose(choices: Any, *size: int) -> Tensor:
@@ -138,7 +138,7 @@ def sample_scenes(batch: int, height: int, width: int, generator: torch.Generato
 
 
 def captions(scenes: Scenes) -> list[str]:
-    """One caption for each scene, such as `"a small red plain ring bouncing over blue dots, camera pans left"`."""
+    """Write a caption for each scene, such as `"a small red plain ring bouncing over blue dots, camera pans left"`."""
     choices = (
         (tuple(SIZES), scenes.size),
         (tuple(COLOURS), scenes.colour),
@@ -162,10 +162,10 @@ def captions(scenes: Scenes) -> list[str]:
 
 
 def unknown_words(caption: str) -> list[str]:
-    """The words of a text that no caption has."""
+    """List the words of a text that occur in no caption."""
     return [word for word in caption.replace(",", " ").split() if word not in WORDS]
 
 
 def _fitting(height: int, width: int) -> int:
-    """How many shapes a frame this large has room for."""
+    """Compute how many shapes a frame of this size has room for."""
     return max(1, min(MOST_SHAPES, round(height * width / 128**2)))

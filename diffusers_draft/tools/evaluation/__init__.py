@@ -1,4 +1,4 @@
-"""What sparsity costs: the same noise dense and sparse, compared clip by clip and call by call."""
+"""Evaluation of what sparsity costs: dense and sparse runs from the same noise, compared by clip and by call."""
 
 from .prompts import read_prompts
 from .settings import Setting, grid, parse_setting

@@ -1,4 +1,4 @@
-"""Measures draft attention call by call, on the queries, keys and values of a dense run."""
+"""Errors of draft attention in single attention calls, on queries, keys and values of a dense run."""
 
 import math
 from collections import defaultdict
@@ -19,11 +19,12 @@ from .selection import SELECTIONS
 from .settings import Setting
 
 Measured = dict[str, Any]
+"""Results of one head in one call, by name."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Samples:
-    """How many layers, steps and heads to look at, spread evenly over the model and the run."""
+    """Number of layers, steps and heads to sample, spread evenly over the model and the run."""
 
     layers: int = 4
     steps: int = 3
@@ -33,21 +34,21 @@ class Samples:
 def measure_attention(
     pipe: Any, arguments: dict[str, Any], settings: Sequence[Setting], samples: Samples, seed: int
 ) -> dict[Setting, list[Measured]]:
-    """Runs the pipeline dense and measures every setting in the sampled calls, each step's first forward.
+    """Run the pipeline dense and measure every setting in sampled calls of each sampled step's first forward.
 
     Args:
         pipe: the pipeline.
-        arguments: of its call.
-        settings: what to measure.
-        samples: which calls.
-        seed: of random selections.
+        arguments: keyword arguments of the pipeline's call.
+        settings: the settings to measure.
+        samples: the number of calls to sample.
+        seed: seed of random selections.
 
     Returns:
         For every setting one dict for each sampled head of each call: `component`, `layer`, `step`, `head`, `error`
         (relative, of the video tokens' output), `kept` and `oracle` (shares of the video queries' attention mass).
 
     Raises:
-        ValueError: if the video has not even a block of tokens.
+        ValueError: if the video has fewer tokens than a block.
     """
     with enable_draft_attention(pipe, 0, dense_steps=0, dense_layers=()) as handle:
         layers = {report.component: list(report.densities) for report in handle.report().transformers}
@@ -63,7 +64,7 @@ def measure_attention(
 
 
 class _Watch:
-    """Attends densely in all calls of a run, and measures those that are sampled."""
+    """Hook that attends densely in all calls of a run and measures the sampled ones."""
 
     def __init__(
         self, pipe: Any, layers: dict[str, list[str]], settings: Sequence[Setting], samples: Samples, seed: int
@@ -81,7 +82,7 @@ class _Watch:
         self.component = ""
 
     def forward_of(self, component: str) -> Callable[..., None]:
-        """Make a forward pre-hook that notes which component runs."""
+        """Make a forward pre-hook that records which component runs."""
 
         def note(*_: Any) -> None:
             self.component = component
@@ -90,10 +91,12 @@ class _Watch:
         return note
 
     def on_step_end(self, pipe: Any, step: int, timestep: Tensor, tensors: dict[str, Any]) -> dict[str, Any]:
+        """Count the step: the pipeline's `callback_on_step_end`."""
         self.step = step + 1
         return {}
 
     def attend(self, call: AttentionCall) -> Tensor:
+        """Attend densely, and measure every setting if the call is sampled."""
         out = attend_to_valid(call.query, call.key, call.value, call.kv_len, call.scale)
         sampled = call.path in self.layers[self.component] and self.forwards[self.step] == 1
         if sampled and self.step in spread(self.samples.steps, self.pipe.num_timesteps):
@@ -112,7 +115,7 @@ def measure_call(
     query: Tensor, key: Tensor, value: Tensor, dense: Tensor, geometry: Tensor, kv_len: Tensor | None,
     scale: float | None, setting: Setting, generator: torch.Generator,
 ) -> list[dict[str, float]]:  # fmt: skip
-    """Measures one setting in one call.
+    """Measure one setting in one call.
 
     Args:
         query: `(B, S, H, D)`.
@@ -122,14 +125,14 @@ def measure_call(
         geometry: `(4,)` T, Y, X and the prefix.
         kv_len: `(B,)` leading valid keys or None.
         scale: factor on the scores, or None.
-        setting: what to measure.
+        setting: the setting to measure.
         generator: source of random selections.
 
     Returns:
         `error`, `kept` and `oracle` for each head, means over the batch.
 
     Raises:
-        ValueError: if the video has not even a block of tokens.
+        ValueError: if the video has fewer tokens than a block.
     """
     config = setting.config
     call = Call.order(query, key, value, geometry, kv_len, config.method, scale)
@@ -145,12 +148,13 @@ def measure_call(
 
 
 def spread(count: int, total: int) -> list[int]:
-    """At most `count` indices below `total`, evenly spaced, none of them at an end if there are more."""
+    """Choose at most `count` indices below `total`, each in the middle of an equal share of them."""
     count = min(count, total)
     return [int((index + 0.5) * total / count) for index in range(count)]
 
 
 def _error(out: Tensor, dense: Tensor, call: Call) -> list[float]:
+    """Compute the relative error of the video tokens' output for each head, mean over samples."""
     start = call.layout.prefix
     video = slice(start, start + math.prod(call.layout.grid))
     difference = (out - dense).float()[:, video].square().sum((1, 3)).sqrt()
@@ -158,5 +162,5 @@ def _error(out: Tensor, dense: Tensor, call: Call) -> list[float]:
 
 
 def _kept(mass: Tensor, mask: Any) -> list[float]:
-    """The share of the attention mass in the kept blocks, mean over samples and video queries, for each head."""
+    """Compute the share of attention mass in the kept blocks for each head, mean over samples and video queries."""
     return (mass * mask.to_dense()[:, :, : mass.shape[2]]).sum(-1).mean((0, 2)).tolist()

@@ -1,26 +1,26 @@
-"""Where the true attention goes, block by block."""
+"""Attention mass of the true attention, by pairs of blocks."""
 
 import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
 CHUNK_ELEMENTS = 1 << 26
-"""Most attention weights held at once."""
+"""Largest number of attention weights held at once."""
 
 
 def block_mass(query: Tensor, key: Tensor, num_rows: int, block: int, scale: float, kv_len: Tensor | None) -> Tensor:
-    """Sums the softmax weights of the leading query blocks over every key block, a few query blocks at a time.
+    """Sum the softmax weights of the leading query blocks over every key block, a few query blocks at a time.
 
     Args:
         query: `(B, S, H, D)` in block order.
         key: as `query`.
-        num_rows: how many query blocks, all of them full.
+        num_rows: number of query blocks, all of them full.
         block: tokens per block.
         scale: factor on the scores.
         kv_len: `(B,)` leading valid keys or None.
 
     Returns:
-        `(B, H, num_rows, N)` float32: the share of a query block's attention that each key block gets. Rows sum to 1.
+        `(B, H, num_rows, N)` float32: share of a query block's attention that each key block gets; rows sum to 1.
     """
     batch, seq_len, heads, _ = query.shape
     query, key = query.transpose(1, 2), key.transpose(1, 2).float()

@@ -1,4 +1,4 @@
-"""How far a video is from the dense one."""
+"""Metrics of a video: fidelity to the dense video, and flicker."""
 
 from importlib.util import find_spec
 
@@ -8,17 +8,17 @@ from torchmetrics import Metric, MetricCollection
 from torchmetrics.image import PeakSignalNoiseRatio, StructuralSimilarityIndexMeasure
 
 HIGHEST_PSNR = 100.0
-"""What equal videos get, so that there is a mean."""
+"""PSNR of equal videos, finite so that means exist."""
 
 FRAMES_AT_ONCE = 8
 
 
 def fidelity_metrics(*, lpips: bool = False) -> MetricCollection:
-    """PSNR of all pixels of a clip, and means over its frames of SSIM and, if asked for, LPIPS (AlexNet).
+    """Make the metrics: PSNR over all pixels of a clip, and means over frames of SSIM and optionally LPIPS (AlexNet).
 
     Raises:
         ImportError: if torchvision, which LPIPS needs, is missing.
-        OSError: if AlexNet's weights are neither on this machine nor to be had.
+        OSError: if AlexNet's weights are not cached and cannot be downloaded.
     """
     metrics: dict[str, Metric | MetricCollection] = {
         "psnr": PeakSignalNoiseRatio(data_range=1.0),
@@ -40,12 +40,12 @@ def fidelity_metrics(*, lpips: bool = False) -> MetricCollection:
 
 
 def fidelity(frames: np.ndarray, dense: np.ndarray, metrics: MetricCollection) -> dict[str, float]:
-    """Compares two videos.
+    """Compute the metrics of a video against the dense video.
 
     Args:
         frames: `(F, H, W, 3)` uint8.
         dense: as `frames`.
-        metrics: from `fidelity_metrics`, on the device that is to compute them.
+        metrics: from `fidelity_metrics`, on the device that computes them.
 
     Returns:
         The metrics' values by name, PSNR in dB, at most `HIGHEST_PSNR`.
@@ -61,12 +61,12 @@ def fidelity(frames: np.ndarray, dense: np.ndarray, metrics: MetricCollection) -
 
 
 def flicker(frames: np.ndarray) -> float:
-    """Mean absolute difference of consecutive frames, of 255; 0 for a single frame."""
+    """Compute the mean absolute difference of consecutive frames, in grey levels of 255; 0 for a single frame."""
     pairs = zip(frames[1:], frames[:-1], strict=True)
     differences = [np.abs(after.astype(np.int16) - before).mean() for after, before in pairs]
     return float(np.mean(differences)) if differences else 0.0
 
 
 def _images(frames: np.ndarray) -> torch.Tensor:
-    """`(F, H, W, 3)` uint8 to `(F, 3, H, W)` float32 in [0, 1]."""
+    """Convert `(F, H, W, 3)` uint8 to `(F, 3, H, W)` float32 in [0, 1]."""
     return torch.from_numpy(frames).permute(0, 3, 1, 2).float() / 255

@@ -1,4 +1,4 @@
-"""Fidelity against work and against time, as a picture."""
+"""Plot of fidelity against computed work and against time."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -11,14 +11,14 @@ from .store import Json
 
 
 def draw(rows: Sequence[Json], file: Any, title: str) -> None:
-    """Draws PSNR against the computed share of block pairs and against time, with 95 % intervals.
+    """Plot PSNR against the computed share of block pairs and against time, with 95 % intervals.
 
     Settings that differ in sparsity alone are joined by a line.
 
     Args:
-        rows: from `table`.
-        file: a path, or a file open for bytes, that becomes a PNG.
-        title: above it.
+        rows: rows from `table`.
+        file: a path, or a file object open for bytes, to write a PNG to.
+        title: title of the picture.
     """
     figure = Figure(figsize=(11, 4.8), layout="constrained")
     figure.suptitle(title, fontsize="medium")
@@ -42,6 +42,7 @@ def draw(rows: Sequence[Json], file: Any, title: str) -> None:
 
 
 def _line(axes: Axes, rows: list[Json], column: str, label: str) -> None:
+    """Plot PSNR against one column, with error bars."""
     rows = sorted(rows, key=lambda row: row[column].mean)
     x, y = [row[column] for row in rows], [row["psnr"] for row in rows]
     options: dict[str, Any] = {"marker": "o", "markersize": 4, "capsize": 2, "linewidth": 1, "label": label}
@@ -49,7 +50,7 @@ def _line(axes: Axes, rows: list[Json], column: str, label: str) -> None:
 
 
 def _bars(estimates: list[Estimate]) -> list[list[float]]:
-    """Lengths of the error bars, below and above; zero where there is no interval."""
+    """Compute the lengths of the error bars, below and above; zero for an estimate without interval."""
     ends = [(e.mean, e.mean) if e.low is None or e.high is None else (e.low, e.high) for e in estimates]
     return [
         [max(e.mean - low, 0.0) for e, (low, _) in zip(estimates, ends, strict=True)],

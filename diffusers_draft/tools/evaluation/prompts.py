@@ -1,17 +1,17 @@
-"""Prompts from a file."""
+"""Reading of prompts from a file."""
 
 import csv
 from pathlib import Path
 
 
 def read_prompts(path: Path) -> list[str]:
-    """Reads prompts from a text file, one per line, or from the column `prompt` of a `.csv` file.
+    """Read prompts from a text file, one per line, or from the column `prompt` of a `.csv` file.
 
-    The Penguin Video Benchmark of HunyuanVideo is such a CSV. Prompts that come twice are taken once.
+    The Penguin Video Benchmark of HunyuanVideo is such a CSV. Repeated prompts are kept once.
 
     Raises:
         OSError: if the file cannot be read.
-        ValueError: if it is not UTF-8 text, has no such column, or holds no prompt.
+        ValueError: if the file is not UTF-8 text, has no such column, or has no prompt.
     """
     try:
         text = path.read_text(encoding="utf-8-sig")
@@ -25,6 +25,7 @@ def read_prompts(path: Path) -> list[str]:
 
 
 def _column(path: Path, text: str) -> list[str]:
+    """Read the column `prompt` of a CSV."""
     reader = csv.DictReader(text.splitlines(keepends=True))
     names = list(reader.fieldnames or ())
     name = next((name for name in names if name.strip().lower() == "prompt"), None)

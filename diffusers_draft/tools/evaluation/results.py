@@ -1,4 +1,4 @@
-"""The results of a study as files: JSON with every clip, CSV with a row for each setting, a picture."""
+"""Result files of a study: JSON with every clip, CSV with a row for each setting, and a picture."""
 
 import dataclasses
 import json
@@ -19,13 +19,13 @@ NAMES = ("results.json", "results.csv", "fidelity.png")
 
 
 def write_results(study: Study, device: torch.device, title: str, *, with_vbench: bool = False) -> list[Json]:
-    """Writes `NAMES` into the study's folder.
+    """Write the result files, `NAMES`, into the study's folder.
 
     Args:
-        study: with the clips that are finished.
-        device: where they were made; the record says what it is.
-        title: of the picture.
-        with_vbench: whether VBench scores the clips.
+        study: the study; its finished clips count.
+        device: the device that made the clips, for the record.
+        title: title of the picture.
+        with_vbench: whether to score the clips with VBench.
 
     Returns:
         The rows of the table.
@@ -48,7 +48,7 @@ def write_results(study: Study, device: torch.device, title: str, *, with_vbench
 
 
 def read_results(path: Path) -> list[Json]:
-    """Makes the rows of the table again from the clips in a `results.json`."""
+    """Compute the rows of the table from the clips and attention calls in a `results.json`."""
     record = json.loads(path.read_text())
     return table(record["clips"], record["attention"])
 

@@ -1,4 +1,4 @@
-"""What may guide the choice of blocks: the draft, and the baselines that it is compared with."""
+"""Scores that guide the choice of blocks: the draft map, and the baselines it is compared with."""
 
 from collections.abc import Callable
 
@@ -12,7 +12,7 @@ from ...patching.forward import AttentionCall, Hook
 from .mass import block_mass
 
 Scores = Callable[[Call, torch.Generator], Tensor]
-"""Makes `(B, H, Nv, Nv)` float32 scores of the pairs of video blocks; the largest are kept."""
+"""Function to `(B, H, Nv, Nv)` float32 scores of pairs of video blocks; the largest are kept."""
 
 
 def draft(call: Call, generator: torch.Generator) -> Tensor:
@@ -21,13 +21,13 @@ def draft(call: Call, generator: torch.Generator) -> Tensor:
 
 
 def oracle(call: Call, generator: torch.Generator) -> Tensor:
-    """Score by the true attention mass of every pair: no choice with the same budget keeps more."""
+    """Score by the true attention mass of every pair, which no choice of the same budget can exceed."""
     count = call.layout.num_video_blocks
     return block_mass(call.query, call.key, count, call.layout.block, call.scale, call.kv_len)[..., :count]
 
 
 def local(call: Call, generator: torch.Generator) -> Tensor:
-    """Score by nearness of the blocks' centres (a static window), one frame being as far as one block's side."""
+    """Score by nearness of block centres (a static window); one frame counts as far as one side of a tile."""
     layout = call.layout
     _, rows, columns = layout.grid
     count = layout.num_video_blocks
@@ -40,21 +40,22 @@ def local(call: Call, generator: torch.Generator) -> Tensor:
 
 
 def random(call: Call, generator: torch.Generator) -> Tensor:
-    """Score at random, otherwise in every head and call."""
+    """Score at random, independently for every head and call."""
     count = call.layout.num_video_blocks
     shape = (call.query.shape[0], call.query.shape[2], count, count)
     return torch.rand(shape, generator=generator).to(call.query.device)
 
 
 SELECTIONS: dict[str, Scores] = {"draft": draft, "random": random, "local": local, "oracle": oracle}
+"""Name -> scores."""
 
 
 def selecting(selection: str, seed: int) -> Hook:
-    """Let draft attention choose its blocks by one of `SELECTIONS`, in a model that is not compiled.
+    """Make a hook that chooses blocks by one of `SELECTIONS`; for models that are not compiled.
 
     Args:
-        selection: its name.
-        seed: of what is random in it.
+        selection: key of `SELECTIONS`.
+        seed: seed of random scores.
     """
     generator = torch.Generator().manual_seed(seed)
 

@@ -1,4 +1,4 @@
-"""The settings of a study: options of draft attention, and what chooses the blocks."""
+"""Settings of a study: options of draft attention, and the scores that choose the blocks."""
 
 import dataclasses
 import itertools
@@ -11,16 +11,16 @@ from ...config import DraftConfig
 from .selection import SELECTIONS
 
 ALWAYS_NAMED = ("sparsity", "schedule", "score", "probes", "budget", "tile")
-"""Options that a setting's name shows even if they are the default, which may change after a study was recorded."""
+"""Options that a setting's name always shows, because defaults may change after a study was recorded."""
 
 
 @dataclass(frozen=True)
 class Setting:
-    """One way to run draft attention.
+    """Options of a run with draft attention.
 
     Attributes:
-        config: its options.
-        selection: what guides the choice of blocks, a key of `SELECTIONS`; all but `"draft"` are baselines.
+        config: options of draft attention.
+        selection: scores that choose the blocks, a key of `SELECTIONS`; all but `"draft"` are baselines.
     """
 
     config: DraftConfig = field(default_factory=DraftConfig)
@@ -28,13 +28,13 @@ class Setting:
 
     @property
     def options(self) -> dict[str, Any]:
-        """Every option by name, as JSON has it."""
-        options = {name: _plain(value) for name, value in dataclasses.asdict(self.config).items()}
-        return options | {"selection": self.selection}
+        """All options by name, as JSON values."""
+        values = dataclasses.asdict(self.config) | {"selection": self.selection}
+        return {name: _plain(values[name]) for name in PARSERS}
 
     @property
     def name(self) -> str:
-        """Sparsity, budget, tile and all options that are not the default, in the form that `parse_setting` reads."""
+        """The method and all options that are not the default, in the form that `parse_setting` reads."""
         defaults = Setting().options
         shown = {k: v for k, v in self.options.items() if k in ALWAYS_NAMED or v != defaults[k]}
         return ",".join(f"{key}={_text(key, value)}" for key, value in shown.items())
@@ -63,11 +63,11 @@ PARSERS: dict[str, Callable[[str], Any]] = {
     "backend": str,
     "selection": _selection,
 }
-"""How the text of each option is read: `8x16` is a tile, `0+1` are layers and `none` is no layer."""
+"""Option -> function that reads its text: `8x16` is a tile, `0+1` are layers and `none` is no layer."""
 
 
 def parse_setting(text: str) -> Setting:
-    """Reads `"sparsity=0.9,budget=row,tile=8x16"`; what is not mentioned keeps its default.
+    """Read a setting such as `"sparsity=0.9,budget=row,tile=8x16"`; other options keep their defaults.
 
     Raises:
         ValueError: for an unknown option or a wrong value.
@@ -80,7 +80,7 @@ def parse_setting(text: str) -> Setting:
 
 
 def parse_value(key: str, text: str) -> Any:
-    """Reads the value of one option.
+    """Read the value of one option.
 
     Raises:
         ValueError: for an unknown option or a value that cannot be read.
@@ -94,7 +94,7 @@ def parse_value(key: str, text: str) -> Any:
 
 
 def grid(**values: Iterable[Any]) -> list[Setting]:
-    """Every combination of the values given for each option.
+    """List the settings of every combination of the values given for each option.
 
     Raises:
         ValueError: for a wrong value.

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 import numpy as np
 
 RESAMPLES = 10_000
+"""Number of bootstrap samples."""
 
 
 @dataclass(frozen=True)
@@ -13,9 +14,9 @@ class Estimate:
     """A mean and its interval.
 
     Attributes:
-        mean: of the values.
-        low: lower end of the 95 % interval; None for a single value, which has none.
-        high: upper end.
+        mean: mean of the values.
+        low: lower end of the 95 % interval; None for a single value.
+        high: upper end of the 95 % interval; None for a single value.
     """
 
     mean: float
@@ -24,7 +25,7 @@ class Estimate:
 
 
 def estimate(values: Sequence[float]) -> Estimate:
-    """The mean of one value per prompt with its 95 % percentile bootstrap interval; the same every time."""
+    """Compute the mean of one value per prompt with its 95 % percentile bootstrap interval, from a fixed seed."""
     array = np.asarray(values, dtype=float)
     mean = float(array.mean())
     if len(array) < 2:

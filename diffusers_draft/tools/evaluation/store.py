@@ -1,4 +1,4 @@
-"""The folder of a study: every finished result is a file that appears whole or not at all."""
+"""The folder of a study: every finished result is a file, written atomically."""
 
 import hashlib
 import json
@@ -15,19 +15,19 @@ Json = dict[str, Any]
 
 
 class Store:
-    """Results by prompt, seed and setting; a setting of None is the dense run.
+    """Stored results by prompt, seed and setting; a setting of None is the dense run.
 
     Attributes:
-        folder: where they lie.
-        facts: what all of them have in common: the model and the arguments of its calls.
+        folder: the folder of the results.
+        facts: what all results have in common: the model and the arguments of its calls.
     """
 
     def __init__(self, folder: Path, facts: Json) -> None:
-        """Opens the folder of a study, or makes it.
+        """Open the folder of a study, or create it.
 
         Raises:
-            OSError: if it cannot be made or written.
-            ValueError: if it holds results with other facts.
+            OSError: if the folder cannot be created or written.
+            ValueError: if the folder has results with other facts.
         """
         self.folder = folder
         self.facts = json.loads(json.dumps(facts))
@@ -44,31 +44,34 @@ class Store:
             )
 
     def clip(self, prompt: str, seed: int, setting: Setting | None) -> Json | None:
-        """The record of a finished clip, or None."""
+        """Read the record of a finished clip; return None if there is none."""
         return self._read(f"clips/{key(prompt, seed, setting)}")
 
     def save_clip(self, prompt: str, seed: int, setting: Setting | None, record: Json) -> None:
+        """Write the record of a finished clip."""
         self._write(f"clips/{key(prompt, seed, setting)}", record)
 
     def attention(self, prompt: str, seed: int, setting: Setting) -> list[Json] | None:
-        """What was measured in the attention calls, or None."""
+        """Read the measurements of attention calls; return None if there are none."""
         record = self._read(f"attention/{key(prompt, seed, setting)}")
         return None if record is None else record["calls"]
 
     def save_attention(self, prompt: str, seed: int, setting: Setting, calls: list[Json]) -> None:
+        """Write the measurements of attention calls."""
         record = {"prompt": prompt, "seed": seed, "setting": setting.name, "calls": calls}
         self._write(f"attention/{key(prompt, seed, setting)}", record)
 
     def dense_frames(self, prompt: str, seed: int) -> np.ndarray | None:
-        """`(F, H, W, 3)` uint8 of the dense run, or None."""
+        """Read the frames of the dense run, `(F, H, W, 3)` uint8; return None if there are none."""
         path = self._dense(prompt, seed)
         return np.load(path)["frames"] if path.exists() else None
 
     def save_dense_frames(self, prompt: str, seed: int, frames: np.ndarray) -> None:
+        """Write the frames of the dense run, which other clips are compared with."""
         whole_or_not(self._dense(prompt, seed), lambda file: np.savez_compressed(file, frames=frames))
 
     def video(self, prompt: str, seed: int, setting: Setting | None) -> Path:
-        """Where the clip can be watched."""
+        """Return the path of a clip's mp4; create its folder."""
         folder = self.folder / "videos" / (setting.name if setting else "dense")
         folder.mkdir(exist_ok=True)
         words = re.sub(r"\W+", "-", prompt)[:40].strip("-")
@@ -87,6 +90,6 @@ class Store:
 
 
 def key(prompt: str, seed: int, setting: Setting | None) -> str:
-    """A file name for a result: the same for the same prompt, seed and options, whatever their order."""
+    """Compute the file name of a result, which depends on prompt, seed and options but not on their order."""
     what = json.dumps([prompt, seed, setting.options if setting else None], sort_keys=True)
     return hashlib.sha256(what.encode()).hexdigest()[:16]

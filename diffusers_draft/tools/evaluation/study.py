@@ -1,4 +1,4 @@
-"""Runs a study: every prompt and seed dense and with every setting, from the same noise; goes on where it stopped."""
+"""A resumable study: every prompt and seed is run dense and with every setting, from the same noise."""
 
 import contextlib
 from collections.abc import Callable, Iterator, Sequence
@@ -24,19 +24,19 @@ from .store import Json, Store
 
 @dataclass
 class Study:
-    """What to compare, and where the results go.
+    """A comparison of settings with dense attention, and the folder of its results.
 
     Attributes:
         store: the folder of the results.
-        pipeline: makes the pipeline; it is called once, and not at all when nothing is left to do.
+        pipeline: makes the pipeline; called once, and not at all if nothing is left to do.
         inputs: makes the keyword arguments of one pipeline call from the pipeline, a prompt and a seed. The same
             seed must give the same noise.
-        prompts: what the videos show.
-        seeds: of the noise.
-        settings: what is compared with the dense run.
+        prompts: the prompts.
+        seeds: seeds of the noise.
+        settings: the settings to compare with the dense run.
         metrics: from `fidelity_metrics`.
         videos: whether to write every clip as an mp4.
-        fps: frames per second of those.
+        fps: frames per second of the mp4 files.
     """
 
     store: Store
@@ -50,10 +50,10 @@ class Study:
     fps: float = 16
 
     def run(self) -> None:
-        """Generates and measures every clip that is not there yet, under a progress bar.
+        """Generate and measure every clip that is missing, with a progress bar.
 
         Raises:
-            OSError: if a result cannot be written; those before it are there.
+            OSError: if a result cannot be written; earlier results stay.
         """
         clips = [(prompt, seed) for prompt in self.prompts for seed in self.seeds]
         todo = {setting: [clip for clip in clips if not self._is_done(*clip, setting)] for setting in self._all}
@@ -70,11 +70,11 @@ class Study:
                         bar.update()
 
     def measure_attention(self, prompts: int, samples: Samples) -> None:
-        """Measures attention calls of the dense run, on the first prompts with the first seed.
+        """Measure attention calls of dense runs, on the first prompts with the first seed.
 
         Args:
-            prompts: how many.
-            samples: which calls.
+            prompts: number of prompts.
+            samples: the number of calls to sample.
         """
         seed = self.seeds[0]
         for prompt in tqdm(self.prompts[:prompts], unit="prompt", desc="attention"):
@@ -85,12 +85,12 @@ class Study:
                     self.store.save_attention(prompt, seed, setting, calls)
 
     def records(self) -> list[Json]:
-        """The records of all finished clips, dense ones first."""
+        """Read the records of all finished clips, dense ones first."""
         clips = [(p, seed, setting) for setting in self._all for p in self.prompts for seed in self.seeds]
         return [record for clip in clips if (record := self.store.clip(*clip))]
 
     def attention_records(self) -> list[Json]:
-        """What was measured in attention calls, one entry for each prompt and setting."""
+        """Read the measurements of attention calls, one entry for each prompt and setting."""
         found = [
             (p, setting, self.store.attention(p, self.seeds[0], setting))
             for setting in self.settings
@@ -115,7 +115,7 @@ class Study:
         return setting is None or set(self.metrics.keys()) <= record.keys()
 
     def _make(self, prompt: str, seed: int, setting: Setting | None, handle: DraftHandle | None, warm: bool) -> None:
-        """Generates one clip, compares it and stores what came of it."""
+        """Generate one clip, compare it with the dense one and store the results."""
         before = handle.report() if handle else None
         with _selecting(handle, setting, seed):
             clip = run(self._pipe, self.inputs(self._pipe, prompt, seed))
@@ -130,6 +130,7 @@ class Study:
         self.store.save_clip(prompt, seed, setting, record)
 
     def _compare(self, prompt: str, seed: int, clip: Clip, own_flicker: float) -> Json:
+        """Compute fidelity and flicker of a clip against the stored dense clip."""
         dense: np.ndarray | None = self.store.dense_frames(prompt, seed)
         assert dense is not None, "dense runs come first"
         return fidelity(clip.frames, dense, self.metrics) | {"flicker_difference": own_flicker - flicker(dense)}
@@ -137,7 +138,7 @@ class Study:
 
 @contextlib.contextmanager
 def enabled(pipe: Any, setting: Setting | None) -> Iterator[DraftHandle | None]:
-    """Draft attention as the setting has it; none at all for None."""
+    """Enable draft attention with a setting while the body runs; do nothing for None."""
     if setting is None:
         yield None
         return
@@ -148,13 +149,14 @@ def enabled(pipe: Any, setting: Setting | None) -> Iterator[DraftHandle | None]:
 def _selecting(
     handle: DraftHandle | None, setting: Setting | None, seed: int
 ) -> contextlib.AbstractContextManager[None]:
+    """Choose blocks by the setting's selection while the body runs."""
     if handle is None or setting is None or setting.selection == "draft":
         return contextlib.nullcontext()
     return handle._watched(selecting(setting.selection, seed))
 
 
 def _work(before: DraftReport, after: DraftReport) -> Json:
-    """Density of the last sparse calls, and the share of the run's block pairs that was computed."""
+    """Compute the density of the last sparse calls, and the computed share of the run's block pairs."""
     total = computed = 0.0
     densities = []
     for old, new in zip(before.transformers, after.transformers, strict=True):

@@ -1,4 +1,4 @@
-"""From the records of clips to one row for each setting."""
+"""Table of a study: one row for each setting, from the records of clips."""
 
 import csv
 import io
@@ -16,16 +16,16 @@ ATTENTION_COLUMNS = ("error", "kept", "oracle")
 
 
 def table(clips: Sequence[Json], attention: Sequence[Json] = ()) -> list[Json]:
-    """One row for each setting: means over prompts, of the means over seeds, with their intervals.
+    """Compute one row for each setting: means over prompts of the means over seeds, with their intervals.
 
     Args:
-        clips: records of clips, those of the dense runs among them.
+        clips: records of clips, including those of the dense runs.
         attention: records of attention calls.
 
     Returns:
         Rows with `setting`, `prompts`, `clips` and one `Estimate` for each column that was measured in all clips.
-        `seconds` and `speedup`, the ratio to the dense run of the same prompt and seed, leave out each process's first
-        clip of a setting, which pays for warming up, where there are others.
+        `speedup` is the ratio to the dense run of the same prompt and seed. It and `seconds` leave out each process's
+        first clip of a setting, which includes warming up, if there are others.
     """
     dense = {(clip["prompt"], clip["seed"]): clip for clip in clips if clip["setting"] == "dense"}
     timed = all("seconds" in clip for clip in clips)
@@ -54,7 +54,7 @@ def _times(clips: Sequence[Json], dense: dict[tuple[str, int], Json]) -> Json:
 
 
 def over_prompts(records: Sequence[Json], value: Callable[[Json], Any]) -> Estimate:
-    """The estimate of a value over prompts, each prompt being the mean of its records."""
+    """Estimate the mean of a value over prompts, where each prompt is the mean of its records."""
     by_prompt: dict[str, list[float]] = {}
     for record in records:
         by_prompt.setdefault(record["prompt"], []).append(float(value(record)))
@@ -62,7 +62,7 @@ def over_prompts(records: Sequence[Json], value: Callable[[Json], Any]) -> Estim
 
 
 def as_csv(rows: Sequence[Json]) -> str:
-    """A line for each row; an estimate takes three columns: the mean, `_low` and `_high`."""
+    """Write the rows as CSV; an estimate takes three columns: the mean, `_low` and `_high`."""
     flat = [
         {
             name: value
@@ -80,7 +80,7 @@ def as_csv(rows: Sequence[Json]) -> str:
 
 
 def as_text(rows: Sequence[Json]) -> str:
-    """A table for the terminal: means with half the width of their intervals."""
+    """Write the rows as a table for the terminal: means with half the width of their intervals."""
     names = list(dict.fromkeys(name for row in rows for name in row))
     cells = [names] + [[_cell(row.get(name, "")) for name in names] for row in rows]
     widths = [max(len(line[column]) for line in cells) for column in range(len(names))]

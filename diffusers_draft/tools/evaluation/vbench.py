@@ -1,4 +1,4 @@
-"""VBench's scores of the same clips, where VBench is installed."""
+"""VBench's scores of a study's clips, if VBench is installed."""
 
 import json
 from importlib.util import find_spec
@@ -14,11 +14,11 @@ DIMENSIONS = (
     "aesthetic_quality",
     "imaging_quality",
 )
-"""Those that VBench computes for any prompt."""
+"""Dimensions that VBench can score for any prompt."""
 
 
 def check_installed() -> None:
-    """Raises ImportError, which says how to get VBench, if it is missing."""
+    """Raise ImportError if VBench is missing; the message says how to install it."""
     if find_spec("vbench") is None:
         raise ImportError(
             "--vbench needs VBench, which pins old packages: install it by 'pip install vbench' in an environment of "
@@ -27,12 +27,12 @@ def check_installed() -> None:
 
 
 def score(videos: Path, output: Path, device: torch.device) -> dict[str, float]:
-    """Scores a folder of mp4 files.
+    """Score a folder of mp4 files with VBench.
 
     Args:
         videos: the folder.
-        output: where VBench writes its own files.
-        device: where its models run.
+        output: the folder for VBench's own files.
+        device: the device of its models.
 
     Returns:
         The mean of each dimension.
@@ -41,7 +41,7 @@ def score(videos: Path, output: Path, device: torch.device) -> dict[str, float]:
 
     output.mkdir(parents=True, exist_ok=True)
     result = output / "clips_eval_results.json"
-    # The second argument is the list of VBench's own prompts, which videos of other prompts do not need.
+    # The second argument, the list of VBench's own prompts, is not needed for videos of other prompts.
     VBench(device, "", str(output)).evaluate(
         videos_path=str(videos), name="clips", dimension_list=list(DIMENSIONS), mode="custom_input"
     )

@@ -1,1 +1,1 @@
-"""Videos from any diffusers pipeline that draft attention knows: loading, running, writing files."""
+"""Generation with any supported diffusers pipeline: loading, running, writing video files."""

@@ -1,4 +1,4 @@
-"""Files that a crash cannot leave half written."""
+"""Atomic writing of files."""
 
 import os
 from collections.abc import Callable
@@ -7,14 +7,14 @@ from typing import Any
 
 
 def whole_or_not(path: Path, write: Callable[[Any], object]) -> None:
-    """Writes a file that a crash cannot leave half written.
+    """Write a file atomically: after a crash it is complete, or as it was before.
 
     Args:
         path: the file.
-        write: gets it, open for bytes.
+        write: writes the content to the file object that it gets, which is open for bytes.
 
     Raises:
-        OSError: if it cannot be written; then a file that was there before is still there.
+        OSError: if the file cannot be written; a file that existed before is unchanged.
     """
     part = path.with_name(f".{path.name}.part")
     try:

@@ -1,4 +1,4 @@
-"""Loads a diffusers video pipeline that draft attention knows, by hub id or folder."""
+"""Loading of a supported diffusers pipeline, by hub id or folder."""
 
 import inspect
 import re
@@ -19,20 +19,20 @@ from ..catalogue import CATALOGUE
 Offload = Literal["none", "model", "sequential"]
 
 FLOAT32_COMPONENTS = ("AutoencoderKLWan", "CLIPVisionModel")
-"""Small parts that lose quality below float32, as their model cards say."""
+"""Classes of small components that lose quality below float32, as their model cards say."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Model:
-    """A model and how to hold it in memory.
+    """A model to load, and how it is kept in memory.
 
     Attributes:
         name: hub id or folder.
-        dtype: of the weights and the computation; by default bfloat16, float32 on a CPU.
+        dtype: dtype of weights and computation; by default bfloat16, float32 on a CPU.
         offload: `"model"` keeps one component at a time on the accelerator, `"sequential"` one layer.
-        fp8: stores the transformers' weights in float8 and computes in `dtype` (diffusers' layerwise casting).
-        compile: compiles the transformers' repeated blocks.
-        vae_tiling: decodes the video in tiles.
+        fp8: whether to store the transformers' weights in float8 and compute in `dtype` (layerwise casting).
+        compile: whether to compile the transformers' repeated blocks.
+        vae_tiling: whether to decode the video in tiles.
     """
 
     name: str
@@ -44,34 +44,34 @@ class Model:
 
 
 def device() -> torch.device:
-    """This process's accelerator, if there is one, else the CPU."""
+    """Get this process's accelerator if there is one, else the CPU."""
     found = torch.accelerator.current_accelerator(check_available=True)
     return torch.device(found.type, torch.accelerator.current_device_index()) if found else torch.device("cpu")
 
 
 def supported_pipelines() -> list[str]:
-    """Names of the pipelines that make a video from a text or an image alone and whose transformer is known."""
+    """List the names of supported pipelines whose call makes a video from text, or from text and an image."""
     names = [name for row in CATALOGUE.values() for name in row.pipelines if hasattr(diffusers, name)]
     return [name for name in names if "num_frames" in call_parameters(getattr(diffusers, name))]
 
 
 def transformers(pipe: Any) -> list[Any]:
-    """The pipeline's transformers that draft attention knows."""
+    """List the transformers of a pipeline that draft attention supports."""
     modules = [component for component in pipe.components.values() if isinstance(component, nn.Module)]
     return [module for module in modules if family_of(module)]
 
 
 def call_parameters(pipeline: type) -> dict[str, inspect.Parameter]:
-    """The arguments that a call of the pipeline takes."""
+    """Get the parameters of a pipeline class's call, by name."""
     return dict(inspect.signature(pipeline.__call__).parameters)
 
 
 def load(model: Model, *, with_image: bool = False, prepare: Callable[[Any], None] = lambda pipe: None) -> Any:
-    """Loads a pipeline and puts it where it computes.
+    """Load a pipeline and move it to the device, or set up offloading.
 
     Args:
         model: what to load.
-        with_image: whether it will be called with an image.
+        with_image: whether the pipeline will be called with an image.
         prepare: gets the pipeline before it is offloaded or moved, to split it over GPUs.
 
     Returns:
@@ -79,7 +79,7 @@ def load(model: Model, *, with_image: bool = False, prepare: Callable[[Any], Non
 
     Raises:
         OSError: if the model is not found or cannot be read.
-        ValueError: if its pipeline is not one for this, or there is no accelerator to offload from.
+        ValueError: if its pipeline is not supported, or there is no accelerator to offload from.
     """
     where = device()
     if model.offload != "none" and where.type == "cpu":
@@ -108,18 +108,18 @@ def load(model: Model, *, with_image: bool = False, prepare: Callable[[Any], Non
 
 
 def from_pretrained(pipeline: Any, name: str, dtype: torch.dtype | dict[str, torch.dtype]) -> Any:
-    """Loads with weights of these dtypes, but for those that diffusers keeps in float32."""
+    """Load a pipeline with weights of the given dtypes, except those that diffusers keeps in float32."""
     with warnings.catch_warnings():
-        # The oldest supported diffusers knows this name alone.
+        # The oldest supported diffusers has only the old name of this argument.
         warnings.filterwarnings("ignore", "`torch_dtype` is deprecated", FutureWarning)
         return pipeline.from_pretrained(name, torch_dtype=dtype)
 
 
 def pipeline_class(index: dict[str, Any], with_image: bool) -> Any:
-    """Chooses the pipeline class for the content of a `model_index.json`.
+    """Choose the pipeline class for the content of a `model_index.json`.
 
     Raises:
-        ValueError: if the pipeline cannot be driven by a text, or by a text and an image.
+        ValueError: if the pipeline is not supported, takes no image but one is given, or needs one.
     """
     name, supported = index.get("_class_name"), supported_pipelines()
     if name not in supported:
@@ -135,7 +135,7 @@ def pipeline_class(index: dict[str, Any], with_image: bool) -> Any:
 
 
 def _index(name: str) -> dict[str, Any]:
-    """The content of the model's `model_index.json`."""
+    """Read the `model_index.json` of a model."""
     if not Path(name).is_dir() and not re.fullmatch(r"[\w.-]+/[\w.-]+", name):
         raise FileNotFoundError(f"{name!r} is neither a folder nor a hub id of the form owner/name.")
     return dict(DiffusionPipeline.load_config(name))

@@ -1,4 +1,4 @@
-"""One call of a pipeline: its arguments, its frames, its time."""
+"""One call of a pipeline: its arguments, frames and times."""
 
 import time
 from dataclasses import dataclass
@@ -18,8 +18,8 @@ class Clip:
 
     Attributes:
         frames: `(F, H, W, 3)` uint8.
-        denoising_seconds: from the transformer's first forward to the end of the last denoising step.
-        seconds: of the whole call, with text encoding and decoding.
+        denoising_seconds: time from the transformer's first forward to the end of the last denoising step.
+        seconds: time of the whole call, with text encoding and decoding.
     """
 
     frames: np.ndarray
@@ -28,12 +28,12 @@ class Clip:
 
 
 def call_arguments(pipe: Any, *, prompt: str, seed: int, image: Image.Image | None = None, **given: Any) -> Any:
-    """Makes the keyword arguments of a pipeline call.
+    """Make the keyword arguments of a pipeline call.
 
     Args:
         pipe: a text-to-video or image-to-video pipeline.
         prompt: what the video shall show.
-        seed: of the noise, which is drawn on the CPU and so is the same on every device.
+        seed: seed of the noise, which is drawn on the CPU to be the same on every device.
         image: what the video shall start from.
         **given: other arguments by the pipeline's names; None leaves the pipeline's default.
 
@@ -53,10 +53,10 @@ def call_arguments(pipe: Any, *, prompt: str, seed: int, image: Image.Image | No
 
 
 def run(pipe: Any, arguments: dict[str, Any]) -> Clip:
-    """Runs the pipeline once, under its own progress bar.
+    """Run the pipeline once and measure its time; the pipeline shows its own progress bar.
 
     Raises:
-        ValueError: if the pipeline refuses the arguments, or the video is not finite.
+        ValueError: if the pipeline refuses the arguments, or the video has values that are not finite.
     """
     starts: list[float] = []
     ends: list[float] = []

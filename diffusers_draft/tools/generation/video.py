@@ -1,4 +1,4 @@
-"""Video files: whether one can be written, writing it, and keeping the frames when that fails."""
+"""Video files: a check in advance, encoding, and saving the frames when encoding fails."""
 
 import subprocess
 import tempfile
@@ -11,11 +11,11 @@ import numpy as np
 
 
 def check_writable(path: Path) -> None:
-    """Finds out whether a video that is to be written much later can be written, by encoding a tiny one beside it.
+    """Check that a video can be written later, by encoding a tiny one in the same folder.
 
     Raises:
-        OSError: if it cannot: the folder is closed, the disk is full, or there is no ffmpeg that works.
-        ValueError: if the file would not be an mp4.
+        OSError: if encoding fails: the folder is not writable, the disk is full, or ffmpeg does not work.
+        ValueError: if the file name does not end in .mp4.
     """
     if path.suffix != ".mp4":
         raise ValueError(f"Videos are written as .mp4, got {path.name!r}.")
@@ -28,7 +28,7 @@ def check_writable(path: Path) -> None:
 
 
 def write_video(frames: np.ndarray, path: Path, fps: float) -> None:
-    """Encodes `(F, H, W, 3)` uint8 frames as H.264. The file appears whole or not at all.
+    """Encode `(F, H, W, 3)` uint8 frames as H.264 in an mp4 file, which is complete or absent.
 
     Raises:
         OSError: if ffmpeg fails, for example on a full disk.
@@ -51,20 +51,20 @@ def _encode(frames: np.ndarray, path: Path, fps: float) -> None:
     with writer:
         for frame in frames:
             writer.append_data(frame)
-    # An ffmpeg that fails at the end fails silently.
+    # If ffmpeg fails at the end, imageio raises nothing.
     written, _ = imageio_ffmpeg.count_frames_and_secs(str(path))
     if written != len(frames):
         raise OSError(f"{written} of {len(frames)} frames written")
 
 
 def keep_frames(frames: np.ndarray, path: Path) -> Path:
-    """Saves the frames of a video that could not be encoded, beside it or else in the folder for temporary files.
+    """Save the frames of a video that could not be encoded, beside its file or else in a temporary folder.
 
     Returns:
         The file, an `.npz` with one array `frames`.
 
     Raises:
-        OSError: if neither folder takes it.
+        OSError: if the frames can be written in neither folder.
     """
     beside = path.with_suffix(".npz")
     try:
