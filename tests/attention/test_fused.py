@@ -8,6 +8,7 @@ from torch import Tensor
 
 pytest.importorskip("triton")
 
+from diffusers_draft.attention.correct import Correction
 from diffusers_draft.attention.kernels import probe, reference
 from diffusers_draft.attention.kernels import triton_lists as triton_kernel
 from diffusers_draft.attention.layout import TokenLayout, token_layout
@@ -127,3 +128,64 @@ def _log_sum_exp(query: Tensor, key: Tensor, mask, scale: float) -> Tensor:
 )
 def test_triton_says_why_it_cannot_run(device, dtype, head_dim, block, reason) -> None:
     assert reason in triton_kernel.refusal(torch.device(device), dtype, head_dim, block)
+
+
+@settings(max_examples=25)
+@given(
+    maps=st.tuples(st.integers(1, 2), st.integers(1, 3)),
+    num_video=st.integers(1, 80),
+    head_dim=st.sampled_from([16, 24, 96]),
+    sparsity=st.floats(0, 0.97),
+    budget=st.sampled_from(["head", "row"]),
+    shift=st.sampled_from([0.0, 10.0]),
+    seed=st.integers(0, 9),
+)
+def test_select_by_value_keeps_what_plain_select_keeps(maps, num_video, head_dim, sparsity, budget, shift, seed):
+    """Also where all values share a large mean, which must not drown their distances."""
+    generator = torch.Generator().manual_seed(seed)
+    query, key, value = (torch.randn(*maps, num_video, head_dim, generator=generator).to(DEVICE) for _ in range(3))
+    layout = a_layout(num_video, 2)
+    how = 0.3, sparsity, budget, layout, None
+    kept = fused.select(query, key, value + shift, *how).to_dense()
+    expected = plain.select(query, key, value + shift, *how).to_dense()
+    assert torch.equal(kept.sum((-1, -2)), expected.sum((-1, -2)))
+    assert (kept != expected).sum() <= 2  # pairs that differ by less than rounding
+
+
+@pytest.mark.parametrize("budget", ["head", "row"])
+def test_values_that_are_all_the_same_leave_the_choice_to_ties(budget: str) -> None:
+    query, key = (tokens(2, 3, 13, 16).clone() for _ in range(2))
+    mask = fused.select(query, key, torch.ones_like(key), 0.25, 0.5, budget, a_layout(13, 2), None)
+    kept = mask.to_dense()[:, :, :13, :13]
+    expected = round(0.5 * 169) if budget == "head" else 13 * round(0.5 * 13)
+    assert (kept.sum((-1, -2)) == expected).all() and kept.diagonal(dim1=-2, dim2=-1).all()
+
+
+@pytest.mark.parametrize("head_dim", [40, 64, 128])
+@pytest.mark.parametrize("rows", [1, 7, 64, 100])
+@pytest.mark.parametrize("lengths", [None, (300, 201)])
+def test_exact_rows(head_dim: int, rows: int, lengths: tuple[int, int] | None) -> None:
+    query, key, value = (tokens(2, 300, 3, head_dim) * factor for factor in (2, 1, 3))
+    kv_len = None if lengths is None else torch.tensor(lengths, device=DEVICE)
+    if kv_len is not None:
+        key, value = key.clone(), value.clone()
+        key[1, 201:] = value[1, 201:] = float("nan")
+    found = fused.attend_to_valid(query[:, :rows], key, value, kv_len, None)
+    expected = plain.attend_to_valid(query[:, :rows], key, value, kv_len, None)
+    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])  # the interpreter has no products of bfloat16
+@pytest.mark.parametrize("head_dim", [40, 64, 128])
+@pytest.mark.parametrize("tile", [(4, 4), (2, 4, 4)])
+def test_restore_corrects_the_video_blocks(head_dim: int, tile: tuple[int, ...], dtype: torch.dtype) -> None:
+    x = tokens(2, 2 * 13 * 7 + 45, 3, head_dim, dtype)
+    layout = token_layout((2, 13, 7), 5, x.shape[1], tile, DEVICE)
+    matrix, offset = 0.3 * tokens(2, head_dim, 3, head_dim).transpose(1, 2), tokens(2, 3, 1, head_dim)[:, :, 0]
+    correction = Correction(matrix.contiguous(), offset.contiguous(), torch.zeros(3))
+    found = fused.restore(plain.order(x, layout)[0], layout, correction)
+    expected = plain.restore(plain.order(x, layout)[0], layout, correction)
+    tolerance = 1e-5 if dtype == torch.float32 else 4e-3
+    torch.testing.assert_close(found, expected, rtol=tolerance, atol=tolerance)
+    anchors = layout.order[layout.num_video_blocks * layout.block :]
+    assert torch.equal(found[:, anchors], x[:, anchors])

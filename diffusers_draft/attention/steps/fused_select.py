@@ -1,8 +1,8 @@
 """Triton: from block means to kept block lists by radix selection. Nothing is sorted, nothing is read on the host.
 
 Scores are logarithms. A pair's rank by mass is that of its draft-map value, so scores are compared as
-`score - logsumexp(row)`; by value, the logarithm of the distance is added. Both are compared in fixed point: keys of 31
-bits with steps of 2**-25, which is finer than float32 for draft-map values below 0.6.
+`score - logsumexp(row)`; by value, the logarithm of the distance is added. Both are compared in fixed point: keys of
+31 bits with steps of 2**-25, which is finer than float32 for draft-map values below 0.6.
 """
 
 import torch
@@ -22,7 +22,7 @@ DIGITS = ((25, 6), (19, 6), (9, 10), (0, 9))
 threshold."""
 
 NEAREST = 1e-7
-"""Distances between a block's mean value and the output, relative to the largest there can be, that tell pairs apart."""
+"""The least distance of a block's mean value from the output, relative to the largest possible, that still counts."""
 
 _TOP = tl.constexpr(0x7FFFFFFF)
 
@@ -90,7 +90,7 @@ def _scores(queries: Tensor, keys: Tensor, values: Tensor | None = None, *, scal
     _scores_kernel[tiles](queries, keys, scores, n, stride, scale, **sizes, num_warps=8)
     if values is not None:
         values = values - values.mean(1, keepdim=True)  # distances stay, and are not lost in rounding
-        largest = 4 * values.square().sum(2).amax(1)  # no distance is above twice the longest value
+        largest = (4 * values.square().sum(2).amax(1)).clamp(min=1e-30)  # no distance is above twice the longest value
         outputs = torch.empty_like(values)
         lse = torch.empty(maps, n, dtype=torch.float32, device=queries.device)
         _outputs_kernel[(triton.cdiv(n, 64), maps)](
@@ -116,7 +116,8 @@ def _pick_by_head(
         for histogram, (shift, bits) in zip(histograms, DIGITS, strict=True):
             _histogram_kernel[(n, maps)](
                 scores, row_lse, histogram, threshold, n, stride,
-                NORMALISE=shift == DIGITS[0][0] and not normalised, SHIFT=shift, BITS=bits, COLUMNS=columns, num_warps=2,
+                NORMALISE=shift == DIGITS[0][0] and not normalised, SHIFT=shift, BITS=bits, COLUMNS=columns,
+                num_warps=2,
             )  # fmt: skip
             _digit_kernel[(maps,)](histogram, wanted, threshold, SHIFT=shift, num_warps=4)
         _ties_kernel[(n, maps)](scores, row_lse, wanted, threshold, ties, n, stride, COLUMNS=columns, num_warps=2)
