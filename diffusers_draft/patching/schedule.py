@@ -28,6 +28,14 @@ class SparseStep(NamedTuple):
     number: int
 
 
+def share_left(moment: Moment) -> list[float]:
+    """Compute the share of a run that is left at each of its steps: 1 at the first, 0 at the last."""
+    last = len(moment.timesteps) - 1
+    if moment.begin >= last:
+        return [1.0]
+    return [(last - index) / (last - moment.begin) for index in range(moment.begin, last + 1)]
+
+
 class Schedule:
     """Tells the sparsity of a forward from its moment in the run.
 
@@ -75,9 +83,7 @@ class Schedule:
         step = min(moment.step, last)
         if step < first:
             return None
-        left = [(last - index) / max(1, last - moment.begin) for index in range(first, last + 1)]
-        left = left if last > moment.begin else [1.0] * len(left)
-        return SparseStep(self._sparsity_at(left, step - first), step)
+        return SparseStep(self._sparsity_at(share_left(moment)[first - moment.begin :], step - first), step)
 
     def _alone(self, timestep: Tensor) -> SparseStep | None:
         self._warn_of_unknown_run()

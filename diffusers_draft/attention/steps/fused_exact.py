@@ -34,7 +34,7 @@ def attend_to_valid(query: Tensor, key: Tensor, value: Tensor, kv_len: Tensor | 
         *query.stride()[:3], *key.stride()[:3], *value.stride()[:3],
         seq_len, heads, rows, batch, size, scale / math.log(2),
         HEAD_DIM=head_dim, PADDED_DIM=max(16, triton.next_power_of_2(head_dim)), ROWS=padded_rows, KEYS=KEYS,
-        HAS_LEN=lengths is not None, num_warps=4,
+        HAS_LEN=lengths is not None, num_warps=4, num_stages=3 if key.element_size() == 2 else 1,
     )  # fmt: skip
     weights = torch.softmax(lse, dim=0)
     return torch.einsum("pbhn,pbhnd->bnhd", weights, parts)

@@ -1,6 +1,7 @@
 """A resumable study: every prompt and seed is run dense and with every setting, from the same noise."""
 
 import contextlib
+import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -14,7 +15,6 @@ from tqdm import tqdm
 from ...api import DraftHandle, enable_draft_attention
 from ...patching.report import DraftReport
 from ..generation.run import Clip, run
-from ..generation.video import write_video
 from .attention import Samples, measure_attention
 from .metrics import fidelity, flicker
 from .selection import selecting
@@ -63,7 +63,6 @@ class Study:
                 if not missing:
                     continue
                 bar.set_postfix_str(setting.name if setting else "dense")
-                torch.compiler.reset()  # draft attention enabled again is new code, and few versions are kept
                 with enabled(self._pipe, setting) as handle:
                     for number, (prompt, seed) in enumerate(missing):
                         self._make(prompt, seed, setting, handle, warm=number > 0)
@@ -122,10 +121,12 @@ class Study:
         record: Json = {"prompt": prompt, "seed": seed, "setting": setting.name if setting else "dense", "warm": warm}
         record |= {"seconds": clip.denoising_seconds, "flicker": flicker(clip.frames)}
         if setting and handle and before:
-            record |= _work(before, handle.report()) | self._compare(prompt, seed, clip, record["flicker"])
+            record |= work(before, handle.report()) | self._compare(prompt, seed, clip, record["flicker"])
         else:
             self.store.save_dense_frames(prompt, seed, clip.frames)
         if self.videos:
+            from ..generation.video import write_video  # needs ffmpeg, which measuring alone does not
+
             write_video(clip.frames, self.store.video(prompt, seed, setting), self.fps)
         self.store.save_clip(prompt, seed, setting, record)
 
@@ -155,16 +156,22 @@ def _selecting(
     return handle._watched(selecting(setting.selection, seed))
 
 
-def _work(before: DraftReport, after: DraftReport) -> Json:
-    """Compute the density of the last sparse calls, and the computed share of the run's block pairs."""
+def work(before: DraftReport | None, after: DraftReport) -> Json:
+    """Compute the density of the latest run's sparse calls, and the share of all block pairs that was computed.
+
+    Args:
+        before: the report before the run; None if it is the first.
+        after: the report behind it.
+    """
     total = computed = 0.0
     densities = []
-    for old, new in zip(before.transformers, after.transformers, strict=True):
-        layers = len(new.densities) + len(new.dense_layers)
-        calls = (sum(new.forwards.values()) - sum(old.forwards.values())) * layers
-        dense = sum(new.dense_calls.values()) - sum(old.dense_calls.values())
+    for number, new in enumerate(after.transformers):
+        old = before.transformers[number] if before else None
+        sparse = new.sparse_calls - (old.sparse_calls if old else 0)
+        dense = sum(new.dense_calls.values()) - (sum(old.dense_calls.values()) if old else 0)
         density = 1.0 if new.density is None else new.density
-        densities += [density] * (calls - dense > 0)
-        total += calls
-        computed += dense + (calls - dense) * density
+        exact_rows = min(1.0, new.config.probes / math.prod(new.grid)) if new.grid else 0.0
+        densities += [density] * (sparse > 0)
+        total += sparse + dense
+        computed += dense + sparse * min(1.0, density + exact_rows)
     return {"density": sum(densities) / len(densities) if densities else 1.0, "computed": computed / total}

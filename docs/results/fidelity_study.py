@@ -1,0 +1,278 @@
+"""The study of fidelity with the demo's model: the settings, run on a GPU, and what came of them as JSON lines.
+
+`python docs/results/fidelity_study.py --output FILE` in a checkout, on a machine with a GPU. Every caption is made dense
+and with every setting from the same noise, several captions in one batch. `diffusers-draft eval` does the same for any
+model and any options, one clip at a time; here are also variants of what is no option: how a schedule falls and the
+weight of the penalty.
+"""
+
+import argparse
+import contextlib
+import dataclasses
+import json
+import math
+import multiprocessing
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image
+
+from diffusers_draft import DraftConfig, enable_draft_attention, schedules
+from diffusers_draft.attention import correct
+from diffusers_draft.attention.call import Call
+from diffusers_draft.attention.method import Method
+from diffusers_draft.attention.ops import Attended, attended
+from diffusers_draft.attention.steps.plain import attend_to_valid
+from diffusers_draft.patching import schedule
+from diffusers_draft.patching.clock import Moment
+from diffusers_draft.patching.forward import AttentionCall
+from diffusers_draft.tools.demo.model import WEIGHTS
+from diffusers_draft.tools.evaluation.metrics import fidelity, fidelity_metrics, flicker
+from diffusers_draft.tools.evaluation.settings import Setting
+from diffusers_draft.tools.evaluation.study import work
+from diffusers_draft.tools.generation.loading import from_pretrained
+
+GRIDS = {"wide": (192, 384), "tall": (384, 192), "ragged": (240, 304)}
+"""Height and width in pixels: 9 x 24 x 48, 9 x 48 x 24 and 9 x 30 x 38 tokens."""
+FRAMES, GUIDANCE, BATCH = 17, 3.0, 8
+FIRST_EDITION: dict[str, Any] = dict(schedule="paper", score="mass", probes=0)
+
+
+@dataclasses.dataclass(frozen=True)
+class Variant:
+    """A setting of the study.
+
+    Attributes:
+        config: its options.
+        power: how a falling schedule falls.
+        end: its end.
+        ridge: weight of the penalty.
+        noise: whether the density falls with the noise instead of with the steps.
+    """
+
+    config: DraftConfig
+    power: float = 1.5
+    end: float = 0.25
+    ridge: float = 0.1
+    noise: bool = False
+
+    @property
+    def name(self) -> str:
+        """The setting's options, and what is not as usual beside them."""
+        usual = {field.name: field.default for field in dataclasses.fields(self)}
+        others = [
+            f"{name}={value}"
+            for name in ("power", "end", "ridge", "noise")
+            if (value := getattr(self, name)) != usual[name]
+        ]
+        return ",".join([Setting(self.config).name, *others])
+
+    @contextlib.contextmanager
+    def in_force(self) -> Iterator[None]:
+        """Put the constants in force."""
+        before = schedules.POWER, schedules.END, correct.RIDGE, schedule.share_left
+        schedules.POWER, schedules.END, correct.RIDGE = self.power, self.end, self.ridge
+        if self.noise:
+            schedule.share_left = noise_left
+        try:
+            yield
+        finally:
+            schedules.POWER, schedules.END, correct.RIDGE, schedule.share_left = before
+
+
+def noise_left(moment: Moment) -> list[float]:
+    """Compute the share of the noise that is left at each step of a run: 1 at the first, 0 at the last."""
+    timesteps = moment.timesteps[moment.begin :]
+    first, last = timesteps[0], timesteps[-1]
+    return [(value - last) / (first - last) if first > last else 1.0 for value in timesteps]
+
+
+def draft(sparsity: float, **others: Any) -> Variant:
+    """Make a setting from its options and variants."""
+    own = {name: others.pop(name) for name in ("power", "end", "ridge", "noise") if name in others}
+    return Variant(DraftConfig(sparsity=sparsity, **others), **own)
+
+
+MAIN = [
+    draft(0.9, **FIRST_EDITION),
+    Variant(DraftConfig.paper(0.9)),
+    *(draft(sparsity) for sparsity in (0.59, 0.7, 0.8, 0.84, 0.9)),
+]
+"""What all captions are made with."""
+SOME = [
+    *(draft(0.8, power=power) for power in (1.0, 2.0)),
+    *(draft(0.8, end=end) for end in (0.0, 0.5)),
+    *(draft(0.8, power=power, noise=True) for power in (1.0, 2.0)),
+    draft(0.8, schedule="constant"),
+    *(draft(0.8, probes=probes) for probes in (0, 16, 32, 128)),
+    *(draft(0.8, ridge=ridge) for ridge in (0.03, 0.3)),
+    draft(0.8, score="mass"),
+    draft(0.8, dense_layers=(0,)),
+    *(draft(0.8, tile=tile) for tile in ((8, 16), (4, 4, 8))),
+    *(draft(0.9, power=power) for power in (1.0, 2.0)),
+    *(draft(0.9, end=end) for end in (0.0, 0.5)),
+    draft(0.9, power=1.0, noise=True),
+    *(draft(sparsity, power=2.0, end=0.1) for sparsity in (0.8, 0.84, 0.9)),
+    *(draft(sparsity, power=3.0, end=0.1) for sparsity in (0.8, 0.9)),
+    draft(0.8, power=3.0),
+    draft(0.84, power=2.0),
+]
+"""What half of the captions are made with."""
+SHORT = [draft(0.9, **FIRST_EDITION), *(draft(sparsity) for sparsity in (0.59, 0.7, 0.8, 0.84))]
+"""What other numbers of steps are tried with."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Unit:
+    """Captions that are made together."""
+
+    grid: str
+    steps: int
+    captions: tuple[str, ...]
+    variants: tuple[Variant, ...]
+    looked_at: bool
+
+
+def units(captions: list[str]) -> list[Unit]:
+    """List the work, all grids in turn, so that a study that is cut short is one of fewer captions."""
+    batches = [tuple(captions[start : start + BATCH]) for start in range(0, len(captions), BATCH)]
+    found = []
+    for number, batch in enumerate(batches):
+        variants = (*MAIN, *SOME) if number % 2 == 0 else MAIN
+        found += [Unit(grid, 14, batch, tuple(variants), number == 0) for grid in GRIDS]
+        if number % 2 == 0:
+            found += [Unit("wide", steps, batch, tuple(SHORT), False) for steps in (4, 8, 30)]
+    return found
+
+
+def run_unit(unit: Unit) -> list[dict[str, Any]]:
+    """Make all clips of a unit and compare them with the dense ones."""
+    pipe, metrics = _tools()
+    records = []
+    dense = _clips(pipe, unit)
+    shown = {"dense": dense}
+    for variant in unit.variants:
+        with variant.in_force(), enable_draft_attention(pipe, config=variant.config) as handle:
+            start = time.perf_counter()
+            clips = _clips(pipe, unit)
+            report = handle.report()
+        seconds = time.perf_counter() - start
+        shown[variant.name] = clips
+        common = {"grid": unit.grid, "steps": unit.steps, "setting": variant.name, "batch_seconds": round(seconds, 2)}
+        common |= {name: round(value, 5) for name, value in work(None, report).items()}
+        if error := report.transformers[0].error:
+            common |= {"error_before": round(error.before, 5), "error_after": round(error.after, 5)}
+        for caption, clip, other in zip(unit.captions, clips, dense, strict=True):
+            measured = fidelity(clip, other, metrics)
+            measured["flicker_difference"] = flicker(clip) - flicker(other)
+            records.append(common | {"prompt": caption} | {name: round(v, 4) for name, v in measured.items()})
+    if unit.looked_at:
+        records += _true_errors(pipe, unit)
+        _show(unit, shown)
+    return records
+
+
+def _tools() -> tuple[Any, Any]:
+    global _kept
+    if _kept is None:
+        from diffusers import WanPipeline
+
+        torch.set_num_threads(1)
+        pipe = from_pretrained(WanPipeline, str(WEIGHTS), torch.bfloat16).to("cuda")
+        pipe.set_progress_bar_config(disable=True)
+        _kept = pipe, fidelity_metrics().to("cuda")
+    return _kept
+
+
+_kept: tuple[Any, Any] | None = None
+
+
+def _clips(pipe: Any, unit: Unit) -> list[np.ndarray]:
+    height, width = GRIDS[unit.grid]
+    generators = [torch.Generator().manual_seed(0) for _ in unit.captions]
+    options: dict[str, Any] = dict(height=height, width=width, num_frames=FRAMES, num_inference_steps=unit.steps)
+    video = pipe(
+        list(unit.captions), generator=generators, guidance_scale=GUIDANCE, output_type="np", **options
+    ).frames
+    return [(clip * 255).round().astype(np.uint8) for clip in video]
+
+
+def _true_errors(pipe: Any, unit: Unit) -> list[dict[str, Any]]:
+    """Compare, in every call of a run with the defaults, the measured error with that of all rows."""
+    found: list[dict[str, Any]] = []
+
+    def look(seen: AttentionCall) -> Attended:
+        query, key, value, geometry, kv_len, numbers, method, scale = seen.arguments
+        call = Call.order(query, key, value, geometry, kv_len, Method.from_tensor(method), scale)
+        sparsity, number = numbers.tolist()
+        mask = call.select(sparsity)
+        result = attended(call, mask, int(number))
+        plain = call.restore(call.attend(mask))
+        dense = attend_to_valid(query, key, value, kv_len, scale)
+        before, after, whole = result.squares.tolist()
+        norm = dense.float().norm()
+        found.append(
+            {
+                "grid": unit.grid,
+                "layer": seen.path,
+                "step": int(number),
+                "measured": [math.sqrt(before / whole), math.sqrt(after / whole)],
+                "true": [((out - dense).float().norm() / norm).item() for out in (plain, result.out)],
+            }
+        )
+        return result
+
+    with enable_draft_attention(pipe) as handle, handle._watched(look):
+        _clips(pipe, unit)
+    return found
+
+
+def _show(unit: Unit, shown: dict[str, list[np.ndarray]]) -> None:
+    """Write frames of the first captions, a row for each setting."""
+    names = ["dense", *(variant.name for variant in (MAIN[0], *MAIN[2:5], MAIN[6]))]
+    rows = [
+        np.concatenate([shown[name][clip][frame] for clip in range(2) for frame in (4, 8, 12)], axis=1)
+        for name in names
+    ]
+    Image.fromarray(np.concatenate(rows)).save(_folder / f"{unit.grid}.png")
+
+
+_folder = Path()
+
+
+def _begin(folder: Path) -> None:
+    global _folder
+    _folder = folder
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--output", type=Path, required=True, help="JSON lines; pictures go beside it")
+    parser.add_argument("--captions", type=int, default=64)
+    parser.add_argument("--skip", type=int, default=0, help="units that were made before")
+    parser.add_argument("--minutes", type=float, default=math.inf, help="begin no unit after this time")
+    parser.add_argument("--processes", type=int, default=6, help="that share the GPU")
+    args = parser.parse_args()
+    captions = (WEIGHTS / "prompts.txt").read_text().splitlines()[: args.captions]
+    todo = units(captions)[args.skip :]
+    begin = time.perf_counter()
+    context = multiprocessing.get_context("spawn")
+    with args.output.open("a") as file, context.Pool(args.processes, _begin, (args.output.parent,)) as pool:
+        for number, records in enumerate(pool.imap(run_unit, todo)):
+            file.writelines(json.dumps(record) + "\n" for record in records)
+            file.flush()
+            print(
+                f"unit {args.skip + number} of {len(todo) + args.skip}, {time.perf_counter() - begin:.0f} s",
+                flush=True,
+            )
+            if time.perf_counter() - begin > 60 * args.minutes:
+                pool.terminate()
+                break
+
+
+if __name__ == "__main__":
+    main()
