@@ -1,5 +1,8 @@
 """Draft attention from its definition: raster order, float64, plain loops, no code of the package."""
 
+import math
+from dataclasses import dataclass
+
 import torch
 from torch import Tensor
 
@@ -120,3 +123,122 @@ def best_pairs(scores: Tensor, sparsity: float, budget: str) -> Pairs:
         return set(pairs[:count])
     rows = [[pair for pair in pairs if pair[0] == row] for row in range(num_blocks)]
     return {pair for row in rows for pair in row[: count // num_blocks]}
+
+
+def value_scores(draft: Tensor, value: Tensor, order: Tensor, block: int) -> Tensor:
+    """`(B, H, Nv, Nv)` float64: the draft's mass times how far a block's mean value lies from the row's output."""
+    num_blocks = draft.shape[-1]
+    means = block_means(value, order, num_blocks, block)
+    scores = torch.zeros_like(draft)
+    for row in range(num_blocks):
+        output = sum(draft[:, :, row, column, None] * means[:, :, column] for column in range(num_blocks))
+        for column in range(num_blocks):
+            distance = (means[:, :, column] - output).square().sum(-1).sqrt()
+            scores[:, :, row, column] = draft[:, :, row, column] * distance
+    return scores
+
+
+RIDGE, LEAST = 0.1, 1e-6
+
+
+@dataclass(frozen=True)
+class Fit:
+    """The correction of one head: a row `o` becomes `o + (o - mean) @ matrix + shift`, if that `helps`.
+
+    Attributes:
+        mean: `(D,)` of the probes' sparse output.
+        matrix: `(D, D)`.
+        shift: `(D,)`, mean of what the sparse output lacks.
+        before: sum of the probes' squared errors.
+        after: as `before`, each as it is when the probe is left out of the fit.
+        whole: sum of the probes' squared exact output.
+    """
+
+    mean: Tensor
+    matrix: Tensor
+    shift: Tensor
+    before: float
+    after: float
+    whole: float
+
+    @property
+    def helps(self) -> bool:
+        return math.isfinite(self.after) and self.after < self.before
+
+    @property
+    def is_close_call(self) -> bool:
+        """Whether rounding to float32 may decide; also where there is nothing but rounding to correct."""
+        return abs(self.after - self.before) <= 1e-3 * self.before or self.before <= 1e-10 * self.whole
+
+    def apply(self, rows: Tensor) -> Tensor:
+        return rows + (rows - self.mean) @ self.matrix + self.shift if self.helps else rows
+
+
+def fit(sparse: Tensor, exact: Tensor) -> Fit:
+    """Fit one head's correction in its primal form from `(n, D)` float64 outputs of the probes."""
+    n, dim = sparse.shape
+    residual = exact - sparse
+    mean, shift = sparse.mean(0), residual.mean(0)
+    covariance, cross = torch.zeros(dim, dim, dtype=torch.float64), torch.zeros(dim, dim, dtype=torch.float64)
+    for row in range(n):
+        covariance += torch.outer(sparse[row] - mean, sparse[row] - mean) / n
+        cross += torch.outer(sparse[row] - mean, residual[row] - shift) / n
+    variance = covariance.diagonal()
+    penalty = torch.diag(RIDGE * variance + LEAST * variance.mean())
+    before, whole = residual.square().sum().item(), exact.square().sum().item()
+    try:
+        inverse = torch.linalg.inv(covariance + penalty)
+    except torch.linalg.LinAlgError:
+        return Fit(mean, torch.zeros_like(cross), shift, before, math.nan, whole)
+    matrix = inverse @ cross
+    after = 0.0
+    for row in range(n):
+        centred = sparse[row] - mean
+        leverage = (centred @ inverse @ centred).item() / n + 1 / n
+        left = residual[row] - shift - centred @ matrix
+        after += left.square().sum().item() / (1 - leverage) ** 2 if leverage != 1 else math.nan
+    return Fit(mean, matrix, shift, before, after, whole)
+
+
+def correction(sparse: Tensor, exact: Tensor) -> list[list[Fit]]:
+    """The `Fit` of each sample and head from `(B, n, H, D)` outputs of the probes."""
+    batch, _, heads, _ = sparse.shape
+    sparse, exact = sparse.double(), exact.double()
+    return [[fit(sparse[b, :, h], exact[b, :, h]) for h in range(heads)] for b in range(batch)]
+
+
+def corrected_attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    mask,
+    order: Tensor,
+    rows: Tensor,
+    scale: float | None = None,
+) -> tuple[Tensor, list[list[Fit]]]:
+    """Draft attention in raster order under a `BlockMask` in block order, and how each head was corrected.
+
+    Args:
+        query: `(B, S, H, D)` in raster order.
+        key: as `query`; what lies behind the valid keys is never looked at.
+        value: as `key`.
+        mask: which blocks are kept.
+        order: from `block_order`.
+        rows: `(n,)` positions in block order of the probes.
+        scale: factor on the scores.
+    """
+    batch, seq_len, heads, _ = query.shape
+    key, value = key.double(), value.double()
+    if mask.kv_len is not None:
+        behind = torch.arange(seq_len) >= mask.kv_len.cpu()[:, None]
+        key, value = (tensor.masked_fill(behind[:, :, None, None], 0) for tensor in (key, value))
+    out = attention(query, key, value, token_mask(mask, order), scale)
+    if not len(rows):
+        return out, []
+    exact = attention(query, key, value, length_mask(batch, heads, seq_len, mask.kv_len), scale)
+    probes, video = order[rows], order[: mask.num_video_blocks * mask.block]
+    fits = correction(out[:, probes], exact[:, probes])
+    for sample, of_heads in enumerate(fits):
+        for head, found in enumerate(of_heads):
+            out[sample, video, head] = found.apply(out[sample, video, head])
+    return out, fits

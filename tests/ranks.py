@@ -208,7 +208,7 @@ def attended(
     )
     with noted("start_to_heads"), noted("attend_now"), noted("start_to_tokens"), wait, pack:
         try:
-            out, pairs, _ = exchange.attend(*_of_rank(group, whole, video), geometry, kv_len, *how(config))
+            out, pairs, *_ = exchange.attend(*_of_rank(group, whole, video), geometry, kv_len, *how(config))
         except (ValueError, torch.OutOfMemoryError) as error:
             return str(error), None, calls
     return out, pairs, calls
@@ -216,7 +216,7 @@ def attended(
 
 def how(config: DraftConfig) -> tuple[Tensor, Tensor]:
     """What operators take of a config."""
-    return torch.tensor([config.sparsity], dtype=torch.float64), config.method.to_tensor()
+    return torch.tensor([config.sparsity, 3], dtype=torch.float64), config.method.to_tensor()
 
 
 def _packed(pack: Callable[[Tensor], Tensor], packed: Iterator[int], fitting: float, tensor: Tensor) -> Tensor:

@@ -1,10 +1,11 @@
 import dataclasses
 
+import numpy as np
 import pytest
 import torch
-from paper import draft_attention
+from paper import PAPER, draft_attention
 
-from diffusers_draft import DraftConfig
+from diffusers_draft import DraftConfig, enable_draft_attention
 from diffusers_draft.attention.kernels import BACKENDS
 
 NAN = float("nan")
@@ -15,6 +16,18 @@ OPTIONS_OF_BOTH = [
     ({"sparsity": -0.1}, r"sparsity must be in \[0, 1\), got -0.1"),
     ({"sparsity": 90}, r"sparsity must be in \[0, 1\), got 90"),
     ({"sparsity": NAN}, r"sparsity must be in \[0, 1\), got nan"),
+    ({"sparsity": "0.5"}, r"sparsity must be in \[0, 1\), got '0.5'"),
+    ({"sparsity": None}, r"sparsity must be in \[0, 1\), got None"),
+    ({"sparsity": True}, r"sparsity must be in \[0, 1\), got True"),
+    ({"sparsity": torch.tensor(0.5)}, r"sparsity must be in \[0, 1\), got tensor\(0.5"),
+    ({"score": "values"}, "Unknown score 'values'. Expected one of 'value', 'mass'"),
+    ({"score": None}, "Unknown score None. Expected one of 'value', 'mass'"),
+    ({"probes": -1}, r"probes must be a whole number of rows, 0 for no correction, got -1\. The default is 64"),
+    ({"probes": 2.5}, "probes must be a whole number of rows, .* got 2.5"),
+    ({"probes": True}, "probes must be a whole number of rows, .* got True"),
+    ({"probes": "64"}, "probes must be a whole number of rows, .* got '64'"),
+    ({"probes": None}, "probes must be a whole number of rows, .* got None"),
+    ({"probes": torch.tensor(64)}, r"probes must be a whole number of rows, .* got tensor\(64\)"),
     ({"budget": "heads"}, "Unknown budget 'heads'. Expected one of 'head', 'row'"),
     ({"backend": "sdpa"}, "Unknown backend 'sdpa'. Expected 'auto' or one of 'reference', 'torch', 'flex', "),
     ({"tile": (8, 15)}, r"tile must be .* multiple of 16 tokens, got \(8, 15\)"),
@@ -26,6 +39,8 @@ OPTIONS_OF_BOTH = [
     ({"tile": (16.0, 16)}, r"tile must be .*, got \(16.0, 16\)"),
 ]
 OPTIONS_OF_CONFIG = [
+    ({"schedule": "rising"}, "Unknown schedule 'rising'. Expected one of 'falling', 'constant', 'paper'"),
+    ({"schedule": None}, "Unknown schedule None. Expected one of 'falling', 'constant', 'paper'"),
     ({"dense_steps": -0.25}, r"dense_steps .* must be in \[0, 1\], got -0.25"),
     ({"dense_steps": 12}, r"dense_steps .* must be in \[0, 1\], got 12"),
     ({"dense_steps": NAN}, r"dense_steps .* must be in \[0, 1\], got nan"),
@@ -44,6 +59,14 @@ def tokens(*shape: int, **kwargs) -> torch.Tensor:
 def test_config_refuses(options, message):
     with pytest.raises(ValueError, match=message):
         DraftConfig(**options)
+
+
+@pytest.mark.parametrize(("options", "message"), OPTIONS_OF_BOTH + OPTIONS_OF_CONFIG, ids=str)
+def test_enabling_refuses_and_changes_nothing(options, message):
+    module = torch.nn.Linear(2, 2)
+    with pytest.raises(ValueError, match=message):
+        enable_draft_attention(module, **options)
+    assert not module._forward_pre_hooks
 
 
 @pytest.mark.parametrize(("options", "message"), OPTIONS_OF_BOTH, ids=str)
@@ -66,21 +89,27 @@ def test_every_limit_itself_is_allowed():
     assert all(DraftConfig(backend=name).backend == name for name in ("auto", *BACKENDS))
 
 
+def test_no_probes_and_whole_numbers_of_other_types_are_allowed():
+    assert DraftConfig(probes=0).probes == 0
+    assert DraftConfig(probes=np.int64(7), sparsity=np.float32(0.5)).probes == 7
+
+
 def test_settings_of_the_papers_code():
-    expected = DraftConfig(sparsity=0.75, budget="head", tile=(8, 16))
+    expected = DraftConfig(sparsity=0.75, budget="head", tile=(8, 16), **PAPER)
     assert DraftConfig.paper(0.75) == expected and DraftConfig.paper().sparsity == 0.9
     assert expected.dense_steps is expected.dense_timestep is expected.dense_layers is None
 
 
 def test_defaults_are_those_that_the_study_supports():
     config = DraftConfig()
-    assert (config.sparsity, config.budget, config.tile, config.backend) == (0.9, "row", (2, 8, 8), "auto")
+    assert (config.sparsity, config.budget, config.tile, config.backend) == (0.8, "row", (2, 8, 8), "auto")
+    assert (config.schedule, config.score, config.probes) == ("falling", "value", 64)
     assert config.dense_steps is config.dense_timestep is config.dense_layers is None
 
 
 def test_settings_of_the_papers_code_for_hunyuan_custom():
-    paper = dict(budget="head", tile=(8, 16), dense_timestep=975.0)
-    assert DraftConfig.hunyuan_custom() == DraftConfig(**paper)
+    paper = dict(budget="head", tile=(8, 16), dense_timestep=975.0, **PAPER)
+    assert DraftConfig.hunyuan_custom() == DraftConfig(sparsity=0.9, **paper)
     assert DraftConfig.hunyuan_custom(sparsity=0.5) == DraftConfig(sparsity=0.5, **paper)
 
 

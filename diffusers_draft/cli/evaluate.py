@@ -12,6 +12,9 @@ from .model_options import CALL, add_model_options, call, check_packages, image,
 
 LISTS = {
     "sparsity": "for example 0.5 0.75 0.9",
+    "schedule": f"falling constant paper (default: {DraftConfig.schedule})",
+    "score": f"value mass (default: {DraftConfig.score})",
+    "probes": f"for example 0 64 (default: {DraftConfig.probes})",
     "budget": f"row head (default: {DraftConfig.budget})",
     "tile": f"for example 2x8x8 8x16 (default: {format_tile(DraftConfig.tile)})",
     "dense-steps": "for example 0 0.25",

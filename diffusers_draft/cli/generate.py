@@ -5,7 +5,9 @@ from pathlib import Path
 from typing import Any
 
 from .. import DraftConfig, enable_draft_attention
+from ..attention.draft import SCORES
 from ..attention.method import format_tile, parse_tile
+from ..schedules import SCHEDULES
 from . import CommandError, one_line
 from .model_options import add_model_options, call, check_packages, image, loaded
 from .ranks import Ranks, add_ulysses, together
@@ -26,12 +28,19 @@ def add_parser(subparsers: argparse._SubParsersAction) -> None:
     parser.add_argument(
         "--sparsity", type=float, default=draft.sparsity, help=f"share of the block pairs to skip ({default})"
     )
+    parser.add_argument(
+        "--schedule", choices=[*SCHEDULES], default=draft.schedule, help=f"of the density ({default})"
+    )
+    parser.add_argument("--score", choices=[*SCORES], default=draft.score, help=f"{default}; the paper: mass")
+    parser.add_argument(
+        "--probes", type=int, default=draft.probes, help=f"exact rows that correct the others ({default}; the paper: 0)"
+    )
     parser.add_argument("--budget", choices=["row", "head"], default=draft.budget, help=f"{default}; the paper: head")
     parser.add_argument(
         "--tile", default=format_tile(draft.tile), help=f"tokens of a block ({default}; the paper: 8x16)"
     )
     parser.add_argument(
-        "--dense-steps", type=float, metavar="SHARE", help="of the run that stays dense (default: as in the paper)"
+        "--dense-steps", type=float, metavar="SHARE", help="of the run that stays dense (default: by the schedule)"
     )
     parser.add_argument("--backend", default=draft.backend, help=f"what computes the sparse attention ({default})")
     parser.add_argument("--dense", action="store_true", help="leave draft attention out, to compare with")
@@ -59,6 +68,9 @@ def _run(args: argparse.Namespace, ranks: Ranks) -> None:
     with one_line(ValueError, OSError):
         config = DraftConfig(
             sparsity=args.sparsity,
+            schedule=args.schedule,
+            score=args.score,
+            probes=args.probes,
             budget=args.budget,
             tile=parse_tile(args.tile),
             dense_steps=args.dense_steps,

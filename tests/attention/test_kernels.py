@@ -374,7 +374,7 @@ def test_a_device_without_its_own_list_runs_torch(monkeypatch, fresh_choice):
 def test_the_operator_of_compiled_graphs_keeps_its_contract(kv_len):
     tensors = random_tensors(2, 300, 2, 32, torch.float32)
     lengths = None if kv_len is None else torch.tensor(kv_len)
-    how = torch.tensor([0.5], dtype=torch.float64), Method(tile=(8, 16), budget="head").to_tensor(), None
+    how = torch.tensor([0.5, 3], dtype=torch.float64), Method(tile=(8, 16), budget="head").to_tensor(), None
     arguments = (*tensors, torch.tensor([1, 16, 16, 4]), lengths, *how)
     torch.library.opcheck(torch.ops.diffusers_draft.attend.default, arguments)
 
@@ -414,11 +414,13 @@ def test_one_compiled_graph_takes_its_grid_from_any_shape(fresh_compiler):
 
 def test_operator_says_what_was_computed():
     tensors = random_tensors(1, 4 * 128, 2, 32, torch.float32)
-    how = torch.tensor([0.5], dtype=torch.float64), Method(tile=(8, 16), budget="row").to_tensor(), None
-    out, pairs, facts = torch.ops.diffusers_draft.attend(*tensors, torch.tensor([1, 16, 32, 0]), None, *how)
+    method = Method(tile=(8, 16), budget="row", score="mass", probes=0)
+    how = torch.tensor([0.5, 0], dtype=torch.float64), method.to_tensor(), None
+    out, pairs, squares, facts = torch.ops.diffusers_draft.attend(*tensors, torch.tensor([1, 16, 32, 0]), None, *how)
     assert torch.equal(out, draft_attention(*tensors, (1, 16, 32), sparsity=0.5, budget="row", tile=(8, 16)))
     assert pairs.tolist() == [2 * (2 + 2 + 2 + 2)]
     assert facts.tolist()[:3] == [2, 4, 4]
+    assert squares.tolist() == [0, 0, 0]
     assert kernels.choice_of(facts.tolist()[3]).name == "torch"
 
 

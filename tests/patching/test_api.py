@@ -13,7 +13,7 @@ import pytest
 import torch
 from diffusers.models._modeling_parallel import ContextParallelConfig, ParallelConfig
 from models import RAGGED, patched, processors, run_wan, wan_inputs
-from paper import enable_draft_attention
+from paper import PAPER, enable_draft_attention
 from torch import Tensor, nn
 
 import diffusers_draft
@@ -224,7 +224,7 @@ def test_custom_processor_on_cross_attention_is_fine() -> None:
         (dict(dense_layers=(-1,)), "dense_layers"),
         (dict(dense_layers=(0, 3)), r"dense_layers has \[3\].*WanTransformer3DModel has 3 layers"),
         (dict(backend="flash"), "'flash'.*'auto'.*'torch'"),
-        (dict(config=DraftConfig(), sparsity=0.8), "either config or single options"),
+        (dict(config=DraftConfig(), sparsity=0.7), "either config or single options"),
         (dict(config=DraftConfig(sparsity=0.8), dense_layers=()), "either config or single options"),
     ],
 )
@@ -293,7 +293,7 @@ def test_enabling_again_replaces_the_settings(shadows: Any) -> None:
     assert len(model._forward_pre_hooks) == 1
     assert len(shadows() - modules) == 1
     assert torch.equal(run(model), run(other))
-    assert handles[1].config == DraftConfig(**settings)
+    assert handles[1].config == DraftConfig(**PAPER | settings)
     assert [handle.report().transformers[0].attached for handle in handles] == [False, True]
     assert [handle.report().transformers[0].forwards["sparse"] for handle in handles] == [0, 1]
     handles[1].disable()

@@ -5,7 +5,7 @@ import models
 import pytest
 import torch
 from models import RAGGED, run_hunyuan_video, run_wan
-from paper import enable_draft_attention
+from paper import PAPER, enable_draft_attention
 from torch import Tensor
 
 from diffusers_draft import DraftConfig
@@ -47,7 +47,7 @@ def test_before_any_call() -> None:
     report = one(handle)
     assert report.component == "transformer"
     assert report.family == "Wan 2.1 and 2.2"
-    assert report.config == handle.config == DraftConfig(sparsity=0.75, budget="head")
+    assert report.config == handle.config == DraftConfig(sparsity=0.75, budget="head", **PAPER)
     assert report.attached
     assert report.backend is report.backend_reason is report.grid is report.blocks is report.density is None
     assert report.densities == {"blocks.1.attn1": None, "blocks.2.attn1": None}
@@ -55,12 +55,12 @@ def test_before_any_call() -> None:
     assert report.steps == report.forwards == {"dense": 0, "sparse": 0}
     assert report.dense_calls == {"step": 0, "layer": 0, "mask": 0, "replacement": 0}
     assert str(handle.report()) == (
-        "transformer: Wan 2.1 and 2.2, sparsity 0.75 by head\n"
+        "transformer: Wan 2.1 and 2.2, sparsity 0.75 paper, head budget, mass score\n"
         "  backend   not chosen yet\n"
         "  density   no sparse call yet\n"
         "  layers    2 sparse, 1 dense\n"
         "  steps     0 sparse, 0 dense\n"
-        "  dense     no call"
+        "  calls     0 sparse; dense: none"
     )
 
 
@@ -78,14 +78,14 @@ def test_after_a_run() -> None:
     assert report.backend == "torch"
     assert "cpu" in report.backend_reason
     assert str(handle.report()) == (
-        "transformer: Wan 2.1 and 2.2, sparsity 0.5 by row\n"
+        "transformer: Wan 2.1 and 2.2, sparsity 0.5 paper, row budget, mass score\n"
         f"  backend   torch ({report.backend_reason})\n"
         "  grid      (3, 13, 17) = 663 video tokens\n"
         "  blocks    6 of 128 tokens, 5 of them video\n"
-        "  density   0.583 (layers from 0.583 to 0.583)\n"
+        "  density   0.583 (forwards from 0.583 to 0.583; asked for 0.500)\n"
         "  layers    2 sparse, 1 dense\n"
         "  steps     4 sparse, 2 dense\n"
-        "  dense     8 by step, 12 by layer"
+        "  calls     16 sparse; dense: 8 by step, 12 by layer"
     )
 
 

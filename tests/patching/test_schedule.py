@@ -388,7 +388,7 @@ def test_forward_hook_reads_nothing_on_the_device(name: str, monkeypatch: pytest
 
     def attend(query: torch.Tensor, *_: object) -> Attended:
         calls.append(query)
-        return Attended(query, torch.ones(2), torch.ones(4))
+        return Attended(query, torch.ones(2), torch.ones(3), torch.ones(4))
 
     calls: list[torch.Tensor] = []
     monkeypatch.setattr(dispatch, "attend", attend)
@@ -399,4 +399,4 @@ def test_forward_hook_reads_nothing_on_the_device(name: str, monkeypatch: pytest
     dense = sum(t > tiny.dense_timestep for t in scheduler.timesteps.tolist())
     assert 0 < dense < 8
     assert len(calls) == (8 - dense) * (len(tiny.layers) - len(tiny.dense_layers))
-    assert handle._attachments["transformer"].forwards == {"dense": dense, "sparse": 8 - dense}
+    assert handle._attachments["transformer"].counts.forwards == {"dense": dense, "sparse": 8 - dense}

@@ -54,8 +54,8 @@ def demo(tmp_path_factory):
 def test_demo_prints_the_report_and_both_times(demo):
     folder, out, err = demo
     assert "grid      (3, 8, 16) = 384 video tokens" in out
-    assert "steps     1 sparse, 1 dense" in out
-    assert "layers    5 sparse, 1 dense" in out
+    assert "steps     2 sparse, 0 dense" in out
+    assert "layers    6 sparse, 0 dense" in out
     assert "density   0.500 (layers from 0.500 to 0.500)" in out
     assert re.search(r"Denoising: \d+\.\d s dense, \d+\.\d s with draft attention: \d+\.\dx\.", out)
     assert re.search(r"The two videos: PSNR \d+\.\d dB, SSIM [01]\.\d{3}", out)

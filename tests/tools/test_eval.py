@@ -22,7 +22,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from paper import enable_draft_attention
+from paper import PAPER, enable_draft_attention
 from PIL import Image
 
 from diffusers_draft import DraftConfig
@@ -39,7 +39,8 @@ from diffusers_draft.tools.generation.files import whole_or_not
 SIZE = ["--height", "96", "--width", "160", "--frames", "5", "--steps", "3"]
 """2 x 6 x 10 tokens: with tiles of 4 x 8 three full blocks and a rest."""
 TILE = ("--tile", "4x8")
-RANDOM = "sparsity=0.8,budget=head,tile=4x8,selection=random"
+PAPERS = ("--schedule", "paper", "--score", "mass", "--probes", 0)
+RANDOM = "sparsity=0.8,schedule=paper,score=mass,probes=0,budget=head,tile=4x8,selection=random"
 PROMPTS = ["a red circle", "a blue square moves left", "stripes"]
 TIMES = ("seconds", "speedup")
 
@@ -74,12 +75,12 @@ def fails(argv, capsys):
 def done(folder, tmp_path_factory):
     """One finished run: its folder and its record."""
     output = tmp_path_factory.mktemp("eval") / "new"
-    settings = ["--sparsity", "0.5", "0.8", "--budget", "head", "row", *TILE, "--setting", RANDOM]
+    settings = ["--sparsity", "0.5", "0.8", "--budget", "head", "row", *TILE, *PAPERS, "--setting", RANDOM]
     assert main(arguments(folder, output, "--seeds", 0, 7, *settings, "--attention", 2)) == 0
     return output, json.loads((output / "results.json").read_text())
 
 
-NAMES = ["dense"] + [f"sparsity={s},budget={b},tile=4x8" for s in (0.5, 0.8) for b in ("head", "row")] + [RANDOM]
+NAMES = ["dense"] + [f"sparsity={s},schedule=paper,score=mass,probes=0,budget={b},tile=4x8" for s in (0.5, 0.8) for b in ("head", "row")] + [RANDOM]
 
 
 def test_every_prompt_seed_and_setting_has_a_clip_and_a_video(done):
@@ -186,7 +187,7 @@ def test_what_is_done_is_not_done_again(folder, done, monkeypatch, capsys):
 
     monkeypatch.setattr(command, "loaded", None)
     output, record = done
-    settings = ["--sparsity", "0.5", "0.8", "--budget", "head", "row", *TILE, "--setting", RANDOM]
+    settings = ["--sparsity", "0.5", "0.8", "--budget", "head", "row", *TILE, *PAPERS, "--setting", RANDOM]
     main(arguments(folder, output, "--seeds", 0, 7, *settings, "--attention", 2))
     assert json.loads((output / "results.json").read_text())["rows"] == record["rows"]
     out = capsys.readouterr().out
@@ -262,7 +263,7 @@ def test_full_disk_is_one_line_and_keeps_what_was_done(folder, tmp_path, monkeyp
         (["--sparsity", "much"], "sparsity cannot be 'much'"),
         (["--tile", "8by16"], "tile cannot be '8by16'"),
         (["--selection", "best"], "selection cannot be 'best': expected one of draft, random, local, oracle"),
-        (["--setting", "sparsety=0.9"], "Unknown option 'sparsety' in a setting. Known are sparsity, budget, tile"),
+        (["--setting", "sparsety=0.9"], "Unknown option 'sparsety' in a setting. Known are sparsity, schedule, score, probes, budget, tile"),
         (["--setting", "budget=column"], "Unknown budget 'column'"),
         (["--sparsity", "0.5", "--prompts", "missing.txt"], "No such file or directory: 'missing.txt'"),
         (["--sparsity", "0.5", "--prompts", "binary.txt"], "binary.txt is not UTF-8 text"),
@@ -319,14 +320,13 @@ def test_vbench_scores_the_videos_of_every_setting(folder, done, tmp_path, monke
     main(arguments(folder, tmp_path, "--sparsity", "0.5", "--vbench"))
     assert "leave --no-videos out" in fails(arguments(folder, tmp_path, "--vbench", "--no-videos"), capsys)
     scores = json.loads((tmp_path / "results.json").read_text())["vbench"]
-    assert list(scores) == ["dense", "sparsity=0.5,budget=row,tile=2x8x8"]
-    assert (
-        scores["dense"]["motion_smoothness"] == scores["sparsity=0.5,budget=row,tile=2x8x8"]["imaging_quality"] == 0.3
-    )
+    name = "sparsity=0.5,schedule=falling,score=value,probes=64,budget=row,tile=2x8x8"
+    assert list(scores) == ["dense", name]
+    assert scores["dense"]["motion_smoothness"] == scores[name]["imaging_quality"] == 0.3
 
 
 def test_without_videos_the_numbers_are_the_same(folder, done, tmp_path):
-    settings = ["--seeds", 0, 7, "--sparsity", "0.5", "--budget", "head", *TILE]
+    settings = ["--seeds", 0, 7, "--sparsity", "0.5", "--budget", "head", *TILE, *PAPERS]
     assert main(arguments(folder, tmp_path, *settings, "--no-videos")) == 0
     assert not list((tmp_path / "videos").iterdir())
 
@@ -426,19 +426,29 @@ def test_prompts_from_csv(tmp_path):
 
 
 def test_settings_are_read_and_named():
-    setting = parse_setting("tile=16x8, sparsity=0.75,budget=row,dense_steps=0.25,dense_layers=0+2,selection=local")
-    config = DraftConfig(sparsity=0.75, budget="row", tile=(16, 8), dense_steps=0.25, dense_layers=(0, 2))
+    setting = parse_setting("tile=16x8, sparsity=0.75,budget=row,probes=0, score=mass,schedule=paper,dense_steps=0.25,dense_layers=0+2,selection=local")
+    config = DraftConfig(
+        sparsity=0.75, budget="row", tile=(16, 8), dense_steps=0.25, dense_layers=(0, 2), **PAPER
+    )
     assert setting == Setting(config, "local")
-    assert setting.name == "sparsity=0.75,budget=row,tile=16x8,dense_steps=0.25,dense_layers=0+2,selection=local"
+    assert setting.name == (
+        "sparsity=0.75,schedule=paper,score=mass,probes=0,budget=row,tile=16x8,dense_steps=0.25,dense_layers=0+2,"
+        "selection=local"
+    )
     assert parse_setting("dense_layers=none") == Setting(DraftConfig(dense_layers=()))
-    assert parse_setting("sparsity=0.9") == Setting()
-    assert parse_setting("sparsity=0.9").name == "sparsity=0.9,budget=row,tile=2x8x8"
+    assert parse_setting("sparsity=0.8") == Setting()
+    assert parse_setting("sparsity=0.8").name == (
+        "sparsity=0.8,schedule=falling,score=value,probes=64,budget=row,tile=2x8x8"
+    )
 
 
 @given(
     st.builds(
         DraftConfig,
         sparsity=st.sampled_from([0.0, 0.5, 0.875, 0.95]),
+        schedule=st.sampled_from(["falling", "constant", "paper"]),
+        score=st.sampled_from(["value", "mass"]),
+        probes=st.sampled_from([0, 64, 100]),
         budget=st.sampled_from(["head", "row"]),
         tile=st.sampled_from([(8, 16), (4, 32), (2, 8, 8)]),
         dense_steps=st.none() | st.sampled_from([0.0, 0.25, 1.0]),
@@ -631,7 +641,10 @@ def test_the_numbers_of_the_study_come_back_from_its_clips(grid, capsys):
         assert row.keys() == old.keys()
         for column in row.keys() - {"setting", "prompts", "clips"}:
             assert dataclasses.asdict(row[column]) == pytest.approx(old[column])
-        assert row["setting"] == "dense" or parse_setting(row["setting"]).name == row["setting"]
+        if row["setting"] != "dense":
+            parse_setting(row["setting"])
+            today = row["setting"].replace(",budget=", ",schedule=paper,score=mass,probes=0,budget=")
+            assert parse_setting(today).name == today
     assert main(["table", str(path)]) == 0
     assert as_text(rows) in capsys.readouterr().out
 

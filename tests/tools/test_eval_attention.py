@@ -8,6 +8,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from paper import PAPER
 
 from diffusers_draft import DraftConfig
 from diffusers_draft.attention.call import Call
@@ -66,7 +67,7 @@ def test_block_mass_equals_brute_force(lengths, chunk, monkeypatch):
 def test_measures_of_a_call_equal_brute_force(budget, lengths):
     query, key, value = tensors()
     kv_len = None if lengths is None else torch.tensor(lengths)
-    config = DraftConfig(sparsity=0.7, budget=budget, tile=TILE)
+    config = DraftConfig(sparsity=0.7, budget=budget, tile=TILE, **PAPER)
     dense = oracle.attention(query, key, value, oracle.length_mask(2, 3, SEQ_LEN, kv_len))
     geometry, generator = torch.tensor([*GRID, PREFIX]), torch.Generator()
     found = measure_call(query, key, value, dense.float(), geometry, kv_len, None, Setting(config), generator)

@@ -54,7 +54,7 @@ def one_line(capsys):
     return line
 
 
-PAPER = ("--budget", "head", "--tile", "8x16")
+PAPER = ("--schedule", "paper", "--score", "mass", "--probes", "0", "--budget", "head", "--tile", "8x16")
 
 
 @pytest.mark.parametrize(
@@ -65,7 +65,7 @@ def test_writes_the_video_of_a_plain_pipeline_call(name, layers, steps, folder, 
     out = tmp_path / "new" / "video.mp4"
     generate("--model", folder / name, *SMALL, "--sparsity", "0.8", *PAPER, "--seed", "3", "--output", out)
     printed = capsys.readouterr().out
-    assert "sparsity 0.8 by head" in printed
+    assert "sparsity 0.8 paper, head budget, mass score" in printed
     assert "grid      (3, 13, 17) = 663 video tokens" in printed
     assert f"layers    {layers}" in printed and f"steps     {steps}" in printed
     assert re.search(r"Denoising took \d+\.\d s, the whole call \d+\.\d s\.", printed)

@@ -130,13 +130,15 @@ def _stages(case: Case, sparsity: float, budget: Budget, tile: Tile) -> dict[str
     call = order()
     mask = call.select(sparsity)
     out = call.attend(mask)
+    correction = call.correct(out) if call.skips_pairs(sparsity) else None
     calls = {
         "order": order,
         "draft and select": lambda: call.select(sparsity),
         f"kernel ({call.kernel.name})": lambda: call.attend(mask),
-        "restore": lambda: call.restore(out),
+        "correct": lambda: call.correct(out),
+        "restore": lambda: call.restore(out, correction),
     }
-    return {"mask": mask, "layout": call.layout, "calls": calls}
+    return {"mask": mask, "layout": call.layout, "correction": correction, "calls": calls}
 
 
 Expected = list[tuple[tuple[Any, ...], Tensor]]
@@ -160,14 +162,17 @@ def _dense_rows(case: Case, block: int = 128) -> Expected:
 
 
 def _sparse_rows(case: Case, state: dict[str, Any]) -> Expected:
-    """Compute attention of sampled query blocks to the keys that the mask keeps."""
-    mask, order = state["mask"], state["layout"].order
+    """Compute attention of sampled query blocks to the keys that the mask keeps, and correct it."""
+    mask, order, correction = state["mask"], state["layout"].order, state["correction"]
     expected = []
     for sample, head, row in _sampled_rows(case, mask.kv_num_blocks.shape[-1]):
         kept = mask.kv_indices[sample, head, row, : mask.kv_num_blocks[sample, head, row]].long()
         keys = (kept[:, None] * mask.block + torch.arange(mask.block, device=kept.device)).flatten()
         where = (sample, order[row * mask.block : (row + 1) * mask.block], head)
-        expected.append((where, _attend_row(case, where, order[keys[keys < mask.seq_len]])))
+        rows = _attend_row(case, where, order[keys[keys < mask.seq_len]])
+        if correction is not None and row < mask.num_video_blocks:
+            rows = rows + rows @ correction.matrix[sample, head] + correction.offset[sample, head]
+        expected.append((where, rows))
     return expected
 
 
