@@ -4,7 +4,7 @@ from collections.abc import Callable, Sequence
 
 END = 0.25
 """Density at the end of a falling schedule, relative to the mean."""
-POWER = 1.5
+POWER = 3.0
 """How a falling schedule falls: density above the end goes with this power of the share of the run that is left."""
 
 Schedule = Callable[[float, Sequence[float]], list[float]]
@@ -23,7 +23,7 @@ def falling(mean: float, left: Sequence[float]) -> list[float]:
 
     Args:
         mean: of the densities, in (0, 1].
-        left: share of the run that is left at each step, falling, in [0, 1].
+        left: share of the run that is left when each step begins, falling, in [0, 1].
 
     Returns:
         One density for each step, in (0, 1].

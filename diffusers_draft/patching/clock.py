@@ -32,11 +32,6 @@ class Moment:
         """Return True if both are the same step of the same run."""
         return other is not None and self.run is other.run and self.step == other.step
 
-    @property
-    def progress(self) -> float:
-        """How far the run is, from 0 at its first step to 1 at its last."""
-        return (self.step - self.begin) / max(1, len(self.timesteps) - 1 - self.begin)
-
 
 class Clock:
     """Tells the moment of a forward. All transformers of a pipeline share one, as they share one scheduler.

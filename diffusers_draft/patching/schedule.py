@@ -29,11 +29,9 @@ class SparseStep(NamedTuple):
 
 
 def share_left(moment: Moment) -> list[float]:
-    """Compute the share of a run that is left at each of its steps: 1 at the first, 0 at the last."""
-    last = len(moment.timesteps) - 1
-    if moment.begin >= last:
-        return [1.0]
-    return [(last - index) / (last - moment.begin) for index in range(moment.begin, last + 1)]
+    """Compute the share of a run that is left when each of its steps begins, from 1 at the first."""
+    steps = len(moment.timesteps) - moment.begin
+    return [1 - index / steps for index in range(steps)]
 
 
 class Schedule:
@@ -80,7 +78,7 @@ class Schedule:
     def _in_run(self, moment: Moment) -> SparseStep | None:
         last = len(moment.timesteps) - 1
         first = moment.begin if self._never_dense else max(moment.begin, self._first_sparse_step(moment))
-        step = min(moment.step, last)
+        step = min(max(moment.step, moment.begin), last)
         if step < first:
             return None
         return SparseStep(self._sparsity_at(share_left(moment)[first - moment.begin :], step - first), step)

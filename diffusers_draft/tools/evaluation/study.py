@@ -8,7 +8,6 @@ from functools import cached_property
 from typing import Any
 
 import numpy as np
-import torch
 from torchmetrics import MetricCollection
 from tqdm import tqdm
 
