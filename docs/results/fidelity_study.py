@@ -2,8 +2,8 @@
 
 Run `python docs/results/fidelity_study.py --output FILE` in a checkout, on a machine with a GPU. Every caption is made
 dense and with every setting from the same noise, several captions in one batch. `diffusers-draft eval` does the same
-for any model and any options, one clip at a time. Variants of what is no option can be tried here, as the constants were:
-how a schedule falls, and the weight of the penalty.
+for any model and any options, one clip at a time. Variants of what is no option can be tried here, as the constants
+were: how a schedule falls, and the weight of the penalty.
 """
 
 import argparse
