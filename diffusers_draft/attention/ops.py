@@ -12,6 +12,10 @@ from .call import Call
 from .method import Method
 
 
+AUTOCAST_DEVICES = [name for name in ("cpu", "cuda", "xpu", "mps", "hpu") if torch.amp.is_autocast_available(name)]
+"""Found out once: older `torch.compile` cannot ask."""
+
+
 class Attended(NamedTuple):
     """What an attention call gives.
 
@@ -100,14 +104,13 @@ def attended(call: Call, mask: BlockMask, number: int | None) -> Attended:
 def in_autocast_dtype(*tensors: Tensor) -> tuple[Tensor, ...]:
     """Cast as autocast casts what goes into stock attention."""
     device = tensors[0].device.type
-    if not (torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)):
+    if device not in AUTOCAST_DEVICES or not torch.is_autocast_enabled(device):
         return tensors
     return tuple(tensor.to(torch.get_autocast_dtype(device)) for tensor in tensors)
 
 
 def _without_autocast(device: str) -> contextlib.AbstractContextManager[None]:
-    available = torch.amp.is_autocast_available(device)
-    return torch.autocast(device, enabled=False) if available else contextlib.nullcontext()
+    return torch.autocast(device, enabled=False) if device in AUTOCAST_DEVICES else contextlib.nullcontext()
 
 
 _attend_op = torch.library.custom_op("diffusers_draft::attend", attend_now, mutates_args=())
