@@ -40,7 +40,7 @@ class BlockMask:
         return (self.valid_len - 1) // self.block
 
     def density(self) -> Tensor:
-        """Compute the share of computed pairs among those of query blocks and blocks with valid keys, a float32 scalar."""
+        """Compute the share of computed pairs among those of query blocks and blocks with valid keys: a scalar."""
         return density(self.kv_num_blocks, self.tail_block + 1)
 
     def to_dense(self) -> Tensor:

@@ -28,12 +28,13 @@ def add_parser(subparsers: argparse._SubParsersAction) -> None:
     parser.add_argument(
         "--sparsity", type=float, default=draft.sparsity, help=f"share of the block pairs to skip ({default})"
     )
-    parser.add_argument(
-        "--schedule", choices=[*SCHEDULES], default=draft.schedule, help=f"of the density ({default})"
-    )
+    parser.add_argument("--schedule", choices=[*SCHEDULES], default=draft.schedule, help=f"of the density ({default})")
     parser.add_argument("--score", choices=[*SCORES], default=draft.score, help=f"{default}; the paper: mass")
     parser.add_argument(
-        "--probes", type=int, default=draft.probes, help=f"exact rows that correct the others ({default}; the paper: 0)"
+        "--probes",
+        type=int,
+        default=draft.probes,
+        help=f"exact rows for the correction ({default}; the paper: 0)",
     )
     parser.add_argument("--budget", choices=["row", "head"], default=draft.budget, help=f"{default}; the paper: head")
     parser.add_argument(

@@ -80,7 +80,15 @@ def done(folder, tmp_path_factory):
     return output, json.loads((output / "results.json").read_text())
 
 
-NAMES = ["dense"] + [f"sparsity={s},schedule=paper,score=mass,probes=0,budget={b},tile=4x8" for s in (0.5, 0.8) for b in ("head", "row")] + [RANDOM]
+NAMES = (
+    ["dense"]
+    + [
+        f"sparsity={s},schedule=paper,score=mass,probes=0,budget={b},tile=4x8"
+        for s in (0.5, 0.8)
+        for b in ("head", "row")
+    ]
+    + [RANDOM]
+)
 
 
 def test_every_prompt_seed_and_setting_has_a_clip_and_a_video(done):
@@ -263,7 +271,10 @@ def test_full_disk_is_one_line_and_keeps_what_was_done(folder, tmp_path, monkeyp
         (["--sparsity", "much"], "sparsity cannot be 'much'"),
         (["--tile", "8by16"], "tile cannot be '8by16'"),
         (["--selection", "best"], "selection cannot be 'best': expected one of draft, random, local, oracle"),
-        (["--setting", "sparsety=0.9"], "Unknown option 'sparsety' in a setting. Known are sparsity, schedule, score, probes, budget, tile"),
+        (
+            ["--setting", "sparsety=0.9"],
+            "Unknown option 'sparsety' in a setting. Known are sparsity, schedule, score, probes, budget, tile",
+        ),
         (["--setting", "budget=column"], "Unknown budget 'column'"),
         (["--sparsity", "0.5", "--prompts", "missing.txt"], "No such file or directory: 'missing.txt'"),
         (["--sparsity", "0.5", "--prompts", "binary.txt"], "binary.txt is not UTF-8 text"),
@@ -361,7 +372,8 @@ def study(folder, settings, **options):
 
 
 def test_study_of_any_pipeline_without_videos(tmp_path):
-    tiles = [Setting(DraftConfig(sparsity=s, tile=(2, 8), dense_steps=0, dense_layers=())) for s in (0.0, 0.7)]
+    options = dict(tile=(2, 8), dense_steps=0, dense_layers=()) | PAPER
+    tiles = [Setting(DraftConfig(sparsity=s, **options)) for s in (0.0, 0.7)]
     small = study(tmp_path, tiles)
     small.run()
     rows = table(small.records())
@@ -426,10 +438,9 @@ def test_prompts_from_csv(tmp_path):
 
 
 def test_settings_are_read_and_named():
-    setting = parse_setting("tile=16x8, sparsity=0.75,budget=row,probes=0, score=mass,schedule=paper,dense_steps=0.25,dense_layers=0+2,selection=local")
-    config = DraftConfig(
-        sparsity=0.75, budget="row", tile=(16, 8), dense_steps=0.25, dense_layers=(0, 2), **PAPER
-    )
+    text = "tile=16x8, sparsity=0.75,budget=row,probes=0, score=mass,schedule=paper,dense_steps=0.25,dense_layers=0+2"
+    setting = parse_setting(f"{text},selection=local")
+    config = DraftConfig(sparsity=0.75, budget="row", tile=(16, 8), dense_steps=0.25, dense_layers=(0, 2), **PAPER)
     assert setting == Setting(config, "local")
     assert setting.name == (
         "sparsity=0.75,schedule=paper,score=mass,probes=0,budget=row,tile=16x8,dense_steps=0.25,dense_layers=0+2,"
