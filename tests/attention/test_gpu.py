@@ -259,7 +259,7 @@ def test_peak_memory_is_one_copy_of_query_key_value_and_out(backend):
 def test_the_log_sum_exp_of_the_triton_kernel():
     need("triton")
     triton_kernel = importlib.import_module("diffusers_draft.attention.kernels.triton_lists")
-    from test_kernels import random_mask
+    from tests.attention.test_kernels import random_mask
 
     query, key, value = tensors(2, 777, 3, 128, torch.bfloat16)
     mask = random_mask(2, 777, 3, 128, (777, 650))
