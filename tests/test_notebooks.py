@@ -37,7 +37,9 @@ def test_notebook_runs(notebook, kernel_manager, monkeypatch, tmp_path):
     monkeypatch.setenv("DIFFUSERS_DRAFT_SMOKE", "1")
     # A package that is not installed is found where the tests found it.
     monkeypatch.setenv("PYTHONPATH", str(ROOT))
-    resources = {"metadata": {"path": str(tmp_path)}}
+    (tmp_path / "notebooks").mkdir()
+    (tmp_path / "docs").symlink_to(ROOT / "docs")  # records that a notebook reads; what it writes goes nowhere else
+    resources = {"metadata": {"path": str(tmp_path / "notebooks")}}
     NotebookClient(notebook, km=kernel_manager, timeout=240, resources=resources).execute()
     assert all(cell.execution_count for cell in code_cells(notebook))
     assert code_cells(notebook)[-1].outputs[0].data["text/plain"] == "True"

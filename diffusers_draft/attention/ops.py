@@ -11,7 +11,6 @@ from .block_mask import BlockMask
 from .call import Call
 from .method import Method
 
-
 AUTOCAST_DEVICES = [name for name in ("cpu", "cuda", "xpu", "mps", "hpu") if torch.amp.is_autocast_available(name)]
 """Found out once: older `torch.compile` cannot ask."""
 

@@ -34,7 +34,7 @@ def add_parser(subparsers: argparse._SubParsersAction) -> None:
         "--probes",
         type=int,
         default=draft.probes,
-        help=f"exact rows that correct the others ({default}; the paper: 0)",
+        help=f"exact rows for the correction ({default}; the paper: 0)",
     )
     parser.add_argument("--budget", choices=["row", "head"], default=draft.budget, help=f"{default}; the paper: head")
     parser.add_argument(

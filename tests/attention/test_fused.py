@@ -8,10 +8,12 @@ from torch import Tensor
 
 pytest.importorskip("triton")
 
+from diffusers_draft.attention import ops
 from diffusers_draft.attention.correct import Correction
 from diffusers_draft.attention.kernels import probe, reference
 from diffusers_draft.attention.kernels import triton_lists as triton_kernel
 from diffusers_draft.attention.layout import TokenLayout, token_layout
+from diffusers_draft.attention.method import Budget, Method
 from diffusers_draft.attention.steps import fused, plain
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -189,3 +191,28 @@ def test_restore_corrects_the_video_blocks(head_dim: int, tile: tuple[int, ...],
     torch.testing.assert_close(found, expected, rtol=tolerance, atol=tolerance)
     anchors = layout.order[layout.num_video_blocks * layout.block :]
     assert torch.equal(found[:, anchors], x[:, anchors])
+
+
+@pytest.mark.parametrize("budget", ["head", "row"])
+@pytest.mark.parametrize("lengths", [None, (255, 222)])
+def test_a_whole_call_with_the_defaults(
+    budget: Budget, lengths: tuple[int, int] | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Output, computed pairs and measured errors are those of the plain steps, also where a head is left alone."""
+    query, key, value = (tokens(2, 2 * 13 * 7 + 73, 3, 40) * factor for factor in (2, 1, 3))
+    value = value.flip(1) + 1
+    query[:, :, 2] *= 0.1  # nearly a mean over all values, of which the sparse output sees a part
+    kv_len = None if lengths is None else torch.tensor(lengths, device=DEVICE)
+    method = Method(tile=(2, 2, 4), budget=budget, probes=20, backend="torch")
+    arguments = torch.tensor([2, 13, 7, 5]), kv_len, torch.tensor([0.6, 3], dtype=torch.float64), method.to_tensor()
+    found = []
+    for steps in (plain, fused):
+        monkeypatch.setattr("diffusers_draft.attention.call.steps_for", lambda *_, steps=steps: steps)
+        found.append(ops.attend(query, key, value, *arguments))
+    expected, ours = found
+    valid = slice(None) if lengths is None else slice(min(lengths))
+    assert (ours.out - expected.out)[:, valid].norm() / expected.out[:, valid].norm() < 2e-5
+    assert torch.equal(ours.pairs, expected.pairs) and torch.equal(ours.facts, expected.facts)
+    torch.testing.assert_close(ours.squares, expected.squares, rtol=1e-4, atol=0)
+    before, after, _ = ours.squares.tolist()
+    assert after < before

@@ -11,9 +11,11 @@ from paper import enable_draft_attention
 from torch import Tensor
 from torch._dynamo.utils import counters
 
+import diffusers_draft
 from diffusers_draft import disable_draft_attention
 from diffusers_draft.attention.ops import Attended
 from diffusers_draft.patching import dispatch
+from diffusers_draft.patching.report import TransformerReport
 
 GRIDS = [(3, 17, 13), (5, 20, 13), (5, 13, 20)]
 """Resolutions after the first one: as many tokens, more of them, as many again."""
@@ -148,6 +150,41 @@ def test_graphs(name: str, way: str, order: str) -> None:
         compiled(**inputs(2, grid))
         assert graphs() - already <= (after - before + of_resolution if after > before else 0)
         assert handle.report().transformers[0].grid == grid
+
+
+def run_with_defaults(name: str, way: str, schedule: str) -> tuple[list[int], TransformerReport]:
+    """Graphs after each of eight steps with correction, whose outputs equal eager ones, and the report."""
+    torch._dynamo.reset()
+    counters.clear()
+    make, inputs = MODELS[name]
+    eager, transformer = make(), make()
+    loops = [loop_of_eight_steps(model) for model in (eager, transformer)]
+    handles = [diffusers_draft.enable_draft_attention(loop, 0.7, schedule=schedule) for loop in loops]
+    outputs = list(denoise(loops[0].scheduler, eager, inputs(2)))
+    compiled = WAYS[way](transformer, backend="eager")
+    counted = []
+    for output, right in zip(denoise(loops[1].scheduler, compiled, inputs(2)), outputs, strict=True):
+        assert error(output, right) < 5 * models.FLOAT32_ERROR
+        counted.append(graphs())
+    reports = [handle.report().transformers[0] for handle in handles]
+    assert reports[0].steps == reports[1].steps == {"dense": 0, "sparse": 8}
+    assert [forward.density for forward in reports[0].run] == [forward.density for forward in reports[1].run]
+    return counted, reports[1]
+
+
+@pytest.mark.parametrize("way", ["regional", "in place"])
+@pytest.mark.parametrize("name", MODELS)
+def test_a_falling_schedule_compiles_nothing_more(name: str, way: str) -> None:
+    """Nor do other rows in every step: one graph for each kind of block, all in the first step."""
+    stock = stock_graphs(name, way)
+    constant, flat = run_with_defaults(name, way, "constant")
+    falling, report = run_with_defaults(name, way, "falling")
+    assert falling == constant == [stock[0]] * 8
+    asked = [forward.asked for forward in report.run]
+    assert len(set(asked)) == 8 and len({forward.asked for forward in flat.run}) == 1
+    assert [forward.step for forward in report.run] == list(range(8))
+    assert len({forward.density for forward in report.run}) > 1
+    assert report.error is not None and report.error.after < report.error.before
 
 
 def test_layers_share_their_graph() -> None:

@@ -25,6 +25,7 @@ __all__ = ["pool"]
 
 EVEN = (4, 13, 17)
 """Tokens that two and four ranks can share, and no multiple of the tile in any direction."""
+CORRECTED = dict(sparsity=0.8, schedule="constant", score="value", probes=64)
 DENSE_STEP = dict(sparsity=0.8, dense_timestep=0)
 
 
@@ -66,7 +67,7 @@ REFUSED = ("animate", "token_replace")
 )
 def test_every_family_that_can_be_split(pool: Pool, name: str) -> None:
     grid = RAGGED if name.endswith("conditions") else EVEN  # with an odd number of tokens in front
-    for draft in (SPARSE, None):
+    for draft in (SPARSE, CORRECTED, None):
         case = (name, 2, grid, draft)
         check(pool.run(2, "outcome", *case, "after"), outcome(*case))
 
@@ -241,7 +242,7 @@ ERRORS = [
 def test_errors_before_any_work(
     pool: Pool, name: str, config: Any, grid: Any, kind: type[Exception], message: str, split_when: str
 ) -> None:
-    for draft in (SPARSE, None):
+    for draft in (SPARSE, CORRECTED, None):
         for found in pool.run(4, "outcome", name, 1, grid, draft, split_when, "ours", config):
             assert isinstance(found, kind) and re.search(message, str(found)), found
 

@@ -372,7 +372,8 @@ def study(folder, settings, **options):
 
 
 def test_study_of_any_pipeline_without_videos(tmp_path):
-    tiles = [Setting(DraftConfig(sparsity=s, tile=(2, 8), dense_steps=0, dense_layers=())) for s in (0.0, 0.7)]
+    options = dict(tile=(2, 8), dense_steps=0, dense_layers=()) | PAPER
+    tiles = [Setting(DraftConfig(sparsity=s, **options)) for s in (0.0, 0.7)]
     small = study(tmp_path, tiles)
     small.run()
     rows = table(small.records())
@@ -437,9 +438,8 @@ def test_prompts_from_csv(tmp_path):
 
 
 def test_settings_are_read_and_named():
-    setting = parse_setting(
-        "tile=16x8, sparsity=0.75,budget=row,probes=0, score=mass,schedule=paper,dense_steps=0.25,dense_layers=0+2,selection=local"
-    )
+    text = "tile=16x8, sparsity=0.75,budget=row,probes=0, score=mass,schedule=paper,dense_steps=0.25,dense_layers=0+2"
+    setting = parse_setting(f"{text},selection=local")
     config = DraftConfig(sparsity=0.75, budget="row", tile=(16, 8), dense_steps=0.25, dense_layers=(0, 2), **PAPER)
     assert setting == Setting(config, "local")
     assert setting.name == (

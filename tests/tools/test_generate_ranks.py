@@ -30,8 +30,9 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def test_the_first_rank_writes_the_video_of_one_process(pool: Pool, model: Path, tmp_path: Path) -> None:
+    """Without the correction: one more rounding changes a pixel by one, and H.264 makes much of that in noise."""
     together, alone = tmp_path / "together.mp4", tmp_path / "alone.mp4"
-    arguments = ["generate", "--model", str(model), *SMALL, "--output"]
+    arguments = ["generate", "--model", str(model), *SMALL, "--probes", "0", "--output"]
     (code, printed, errors), other = pool.run(2, "command", *arguments, str(together), "--ulysses", "2")
     assert (code, other[0]) == (0, 0), errors + other[2]
     assert main([*arguments, str(alone)]) == 0
