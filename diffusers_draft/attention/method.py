@@ -46,7 +46,7 @@ class Method:
     score: Score = "value"
     probes: int = 64
     budget: Budget = "row"
-    tile: Tile = (2, 8, 8)
+    tile: Tile = (4, 4, 8)
     backend: str = "auto"
 
     def __post_init__(self) -> None:
