@@ -30,6 +30,7 @@ from diffusers_draft.attention.steps.plain import attend_to_valid
 from diffusers_draft.patching import schedule
 from diffusers_draft.patching.clock import Moment
 from diffusers_draft.patching.forward import AttentionCall
+from diffusers_draft.tools.bench.measure import environment
 from diffusers_draft.tools.demo.model import WEIGHTS
 from diffusers_draft.tools.evaluation.metrics import fidelity, fidelity_metrics, flicker
 from diffusers_draft.tools.evaluation.settings import Setting
@@ -229,14 +230,53 @@ def _begin(folder: Path) -> None:
     _folder = folder
 
 
+def packed(records: list[dict[str, Any]], facts: dict[str, Any]) -> dict[str, Any]:
+    """Put the records of clips together, one entry for each grid, number of steps and setting.
+
+    Args:
+        records: the JSON lines.
+        facts: what a reader must know of them.
+
+    Returns:
+        `facts`; `captions`; `settings`, each with `clips`: caption's number, PSNR, SSIM and difference of flicker; and
+        `errors`, the measured and the true errors of single calls.
+    """
+    clips = [record for record in records if "psnr" in record]
+    captions = list(dict.fromkeys(clip["prompt"] for clip in clips))
+    settings: dict[tuple[str, int, str], dict[str, Any]] = {}
+    for clip in clips:
+        key = clip["grid"], clip["steps"], clip["setting"]
+        entry = settings.setdefault(key, dict(zip(("grid", "steps", "setting"), key, strict=True)) | {"clips": []})
+        for name in ("density", "computed", "error_before", "error_after"):
+            entry.setdefault(name, []).extend([clip[name]] if name in clip else [])
+        values = (round(clip[name], digits) for name, digits in (("psnr", 2), ("ssim", 4), ("flicker_difference", 3)))
+        entry["clips"].append([captions.index(clip["prompt"]), *values])
+    for entry in settings.values():
+        for name in ("density", "computed", "error_before", "error_after"):
+            values = entry.pop(name)
+            entry |= {name: round(sum(values) / len(values), 5)} if values else {}
+    errors = [
+        record | {name: [round(value, 5) for value in record[name]] for name in ("measured", "true")}
+        for record in records
+        if "true" in record
+    ]
+    return facts | {"captions": captions, "settings": list(settings.values()), "errors": errors}
+
+
 def main() -> None:
+    """Run the study, or put its lines together."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--output", type=Path, required=True, help="JSON lines; pictures go beside it")
+    parser.add_argument("--pack", type=Path, help="put these JSON lines together in the output, and make no clips")
     parser.add_argument("--captions", type=int, default=64)
     parser.add_argument("--skip", type=int, default=0, help="units that were made before")
     parser.add_argument("--minutes", type=float, default=math.inf, help="begin no unit after this time")
     parser.add_argument("--processes", type=int, default=6, help="that share the GPU")
     args = parser.parse_args()
+    if args.pack:
+        records = [json.loads(line) for line in args.pack.read_text().splitlines()]
+        args.output.write_text(json.dumps(packed(records, {"environment": environment(torch.device("cpu"))})) + "\n")
+        return
     captions = (WEIGHTS / "prompts.txt").read_text().splitlines()[: args.captions]
     todo = units(captions)[args.skip :]
     begin = time.perf_counter()
