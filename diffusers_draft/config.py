@@ -46,7 +46,7 @@ class DraftConfig(Method):
 
     def __post_init__(self) -> None:
         check_sparsity(self.sparsity)
-        if self.schedule not in SCHEDULES:
+        if not isinstance(self.schedule, str) or self.schedule not in SCHEDULES:
             names = ", ".join(map(repr, SCHEDULES))
             raise ValueError(f"Unknown schedule {self.schedule!r}. Expected one of {names}.")
         super().__post_init__()

@@ -152,6 +152,8 @@ class Fit:
         before: sum of the probes' squared errors.
         after: as `before`, each as it is when the probe is left out of the fit.
         whole: sum of the probes' squared exact output.
+        regression: `(D, D)`, the matrix of the regression, also where it is not used.
+        candidates: what `after` was chosen from: the regression's, its shift's alone, and nothing's.
     """
 
     mean: Tensor
@@ -160,6 +162,8 @@ class Fit:
     before: float
     after: float
     whole: float
+    candidates: tuple[float, ...] = ()
+    regression: Tensor | None = None
 
     @property
     def helps(self) -> bool:
@@ -168,7 +172,8 @@ class Fit:
     @property
     def is_close_call(self) -> bool:
         """Whether rounding to float32 may decide; also where there is nothing but rounding to correct."""
-        return abs(self.after - self.before) <= 1e-3 * self.before or self.before <= 1e-10 * self.whole
+        best, second, *_ = sorted(value for value in (*self.candidates, math.inf) if not math.isnan(value))
+        return second - best <= 1e-3 * self.before or self.before <= 1e-10 * self.whole
 
     def apply(self, rows: Tensor) -> Tensor:
         return rows + (rows - self.mean) @ self.matrix + self.shift if self.helps else rows
@@ -189,7 +194,7 @@ def fit(sparse: Tensor, exact: Tensor) -> Fit:
     try:
         inverse = torch.linalg.inv(covariance + penalty)
     except torch.linalg.LinAlgError:
-        return Fit(mean, torch.zeros_like(cross), shift, before, math.nan, whole)
+        return Fit(mean, torch.zeros_like(cross), shift, before, math.nan, whole, (math.nan, math.nan, before))
     matrix = inverse @ cross
     after = 0.0
     for row in range(n):
@@ -197,7 +202,15 @@ def fit(sparse: Tensor, exact: Tensor) -> Fit:
         leverage = (centred @ inverse @ centred).item() / n + 1 / n
         left = residual[row] - shift - centred @ matrix
         after += left.square().sum().item() / (1 - leverage) ** 2 if leverage != 1 else math.nan
-    return Fit(mean, matrix, shift, before, after, whole)
+    by_shift = 0.0
+    for row in range(n):
+        others = torch.cat([residual[:row], residual[row + 1 :]])
+        by_shift += (residual[row] - others.mean(0)).square().sum().item() if n > 1 else math.inf
+    candidates = (after, by_shift, before)
+    regression = matrix
+    if not after < min(by_shift, before):
+        matrix, after = torch.zeros_like(matrix), by_shift
+    return Fit(mean, matrix, shift, before, after, whole, candidates, regression)
 
 
 def correction(sparse: Tensor, exact: Tensor) -> list[list[Fit]]:

@@ -102,7 +102,7 @@ def test_settings_of_the_papers_code():
 
 def test_defaults_are_those_that_the_study_supports():
     config = DraftConfig()
-    assert (config.sparsity, config.budget, config.tile, config.backend) == (0.8, "row", (2, 8, 8), "auto")
+    assert (config.sparsity, config.budget, config.tile, config.backend) == (0.8, "row", (4, 4, 8), "auto")
     assert (config.schedule, config.score, config.probes) == ("falling", "value", 64)
     assert config.dense_steps is config.dense_timestep is config.dense_layers is None
 

@@ -56,8 +56,9 @@ def fit(sparse: Tensor, exact: Tensor) -> Correction:
 
     The regression is solved in its dual form, with a system as large as the number of probes. With `A` its inverse
     times their number, residuals are `A r` and `1 - h` is `diag A - 1/n`, `h` being the leverages with the mean's in
-    them: the error with a probe left out, `(A r) / (1 - h)`, needs no second fit. A head whose error so measured is
-    not below that of its sparse output, or not finite, is left alone.
+    them: the error with a probe left out, `(A r) / (1 - h)`, needs no second fit. By that error each head takes the
+    best of the regression, its shift `b` alone, and nothing: a regression that only found the shift would carry noise
+    to rows that lie far from the probes.
 
     Args:
         sparse: `(B, n, H, D)`, the sparse output of the probes.
@@ -77,10 +78,13 @@ def fit(sparse: Tensor, exact: Tensor) -> Correction:
     matrix = weighted.mT @ fitted / probes
     leave_one_out = fitted / (inverse.diagonal(dim1=-2, dim2=-1) - 1 / probes)[..., None]
 
-    before, after = residual.square().sum((2, 3)), leave_one_out.square().sum((2, 3))
-    helps = after < before  # also False for NaN
-    keep = helps[..., None, None]
-    matrix = torch.where(keep, matrix, 0)
-    offset = torch.where(keep, shift - mean @ matrix, 0)[:, :, 0]
-    squares = torch.stack([before.sum(), torch.where(helps, after, before).sum(), y.square().sum()])
+    before, by_fit = residual.square().sum((2, 3)), leave_one_out.square().sum((2, 3))
+    others = probes / (probes - 1) if probes > 1 else torch.inf  # a single probe tells nothing of others
+    by_shift = left.square().sum((2, 3)) * others**2
+    fits = by_fit < torch.minimum(before, by_shift)  # comparisons with NaN are False
+    shifts = ~fits & (by_shift < before)
+    matrix = torch.where(fits[..., None, None], matrix, 0)
+    offset = torch.where((fits | shifts)[..., None, None], shift - mean @ matrix, 0)[:, :, 0]
+    after = torch.where(fits, by_fit, torch.where(shifts, by_shift, before))
+    squares = torch.stack([before.sum(), after.sum(), y.square().sum()])
     return Correction(matrix, offset, squares)

@@ -50,13 +50,13 @@ class Method:
     backend: str = "auto"
 
     def __post_init__(self) -> None:
-        if self.score not in SCORES:
+        if not isinstance(self.score, str) or self.score not in SCORES:
             raise ValueError(f"Unknown score {self.score!r}. Expected one of {', '.join(map(repr, SCORES))}.")
         if isinstance(self.probes, bool) or not isinstance(self.probes, (int, Integral)) or self.probes < 0:
             raise ValueError(
                 f"probes must be a whole number of rows, 0 for no correction, got {self.probes!r}. The default is 64."
             )
-        if self.budget not in BUDGETS:
+        if not isinstance(self.budget, str) or self.budget not in BUDGETS:
             raise ValueError(f"Unknown budget {self.budget!r}. Expected one of {', '.join(map(repr, BUDGETS))}.")
         if not (are_counts(self.tile, 2) or are_counts(self.tile, 3)) or math.prod(self.tile) % 16:
             raise ValueError(

@@ -71,9 +71,7 @@ class Schedule:
         Raises:
             ValueError: if a timestep is to tell and timesteps rise.
         """
-        step = self._alone(timestep) if moment is None else self._in_run(moment)
-        # A step that skips nothing is left to dense attention, unless that is what was asked for.
-        return None if step and step.sparsity <= 0 < self._sparsity else step
+        return self._alone(timestep) if moment is None else self._in_run(moment)
 
     def _in_run(self, moment: Moment) -> SparseStep | None:
         last = len(moment.timesteps) - 1
@@ -101,7 +99,7 @@ class Schedule:
     def _sparsity_at(self, left: list[float], index: int) -> float:
         if self._shape is constant:
             return self._sparsity
-        return 1 - self._shape(1 - self._sparsity, left)[index]
+        return max(0.0, 1 - self._shape(1 - self._sparsity, left)[index])
 
     @property
     def _never_dense(self) -> bool:

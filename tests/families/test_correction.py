@@ -19,7 +19,7 @@ from diffusers_draft.patching.forward import AttentionCall
 
 pytestmark = pytest.mark.usefixtures("nan_memory")
 
-TILE = (2, 8, 8)
+TILE = (4, 4, 8)
 
 
 @pytest.fixture

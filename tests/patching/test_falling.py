@@ -65,15 +65,15 @@ def test_falling_keeps_the_mean_and_never_rises(mean_density: float, left: list[
 
 
 def test_falling_falls_as_it_says() -> None:
-    """Above the end with the power of 1.5, the end being a quarter of the mean where the start leaves room."""
+    """Above the end with the third power, the end being a quarter of the mean where the start leaves room."""
     left = [1, 0.75, 0.5, 0.25, 0]
     found = schedules.falling(0.2, left)
     assert found[-1] == pytest.approx(0.05)
-    assert [(value - 0.05) / (found[0] - 0.05) for value in found] == pytest.approx([share**1.5 for share in left])
+    assert [(value - 0.05) / (found[0] - 0.05) for value in found] == pytest.approx([share**3 for share in left])
     crowded = schedules.falling(0.8, left)
     assert crowded[0] == 1 and mean(crowded) == pytest.approx(0.8)
     end = crowded[-1]
-    assert [(value - end) / (1 - end) for value in crowded] == pytest.approx([share**1.5 for share in left])
+    assert [(value - end) / (1 - end) for value in crowded] == pytest.approx([share**3 for share in left])
 
 
 @pytest.mark.parametrize("name", ["constant", "paper"])
@@ -323,7 +323,7 @@ def test_a_transformer_alone_goes_by_its_timestep() -> None:
     assert all(later < earlier for earlier, later in itertools.pairwise(found))
     assert found[0] <= 1 and found[-1] == pytest.approx(0.05)
     shares = [share / 20 for share in range(20, -1, -1)]
-    assert [(value - 0.05) / (found[0] - 0.05) for value in found] == pytest.approx([share**1.5 for share in shares])
+    assert [(value - 0.05) / (found[0] - 0.05) for value in found] == pytest.approx([share**3 for share in shares])
     schedule = schedule_for(model, family_of(model), DraftConfig())
     steps = [schedule.at(None, torch.tensor([10.0 * share])) for share in range(101)]
     assert mean([1 - step.sparsity for step in steps]) == pytest.approx(0.2, abs=MEAN_ERROR)
