@@ -192,7 +192,7 @@ CATALOGUE = {
 def models_table() -> str:
     """Write the table as Markdown: one row for each transformer class."""
     lines = [
-        "| Family | transformer | pipelines | sparse layers | text and other tokens | dense by default | notes |",
+        "| Family | transformer | pipelines | sparse layers | text and other tokens | dense by the paper | notes |",
         "|---|---|---|---|---|---|---|",
     ]
     lines += [_line(cls, family) for cls, family in families().items()]

@@ -94,7 +94,7 @@ def test_sparsity_0_gives_the_dense_video(tmp_path, capsys):
     [
         (["demo", "--sparsity", "1.5"], "sparsity must be in [0, 1), got 1.5"),
         (["demo", "--sparsity", "much"], "invalid float value: 'much'"),
-        (["demo", "--steps", "1"], "--steps must be at least 2"),
+        (["demo", "--steps", "0"], "--steps must be at least 1"),
         (["demo", "--frames", "4"], "--frames must be an odd number"),
         (["demo", "--height", "40"], "--height must be a multiple of 16"),
         (["demo", "--width", "-16"], "--width must be a multiple of 16"),
