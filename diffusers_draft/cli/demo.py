@@ -15,7 +15,7 @@ VIDEO = "dense-and-draft.mp4"
 GIF = "dense-and-draft.gif"
 PICTURE = "draft-map.png"
 GUIDANCE = 3.0
-TILE = (2, 4, 4)
+TILE = (4, 2, 4)
 """Tokens of a block, fewer than by default: this small video has only 51 blocks of the default size, a real video
 about a thousand."""
 PROMPT = "a big white dotted circle bouncing over green checks, camera pans right"
@@ -31,7 +31,7 @@ def add_parser(subparsers: argparse._SubParsersAction) -> None:
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )
     parser.add_argument("--prompt", default=PROMPT, help="in the words that the model knows")
-    parser.add_argument("--sparsity", type=float, default=0.8, help="share of the video block pairs to skip")
+    parser.add_argument("--sparsity", type=float, default=0.85, help="mean share of the video block pairs to skip")
     parser.add_argument("--steps", type=int, default=14, help="denoising steps")
     parser.add_argument("--seed", type=int, default=0, help="seed of the noise")
     parser.add_argument("--frames", type=int, default=17, help="frames of the video, an odd number")
