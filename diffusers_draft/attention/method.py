@@ -84,7 +84,9 @@ class Method:
 
     def to_tensor(self) -> Tensor:
         """Write the text as `(TEXT_LENGTH,)` uint8 on the CPU, for operators that must take any method."""
-        return torch.tensor([ord(letter) for letter in self.to_text().ljust(TEXT_LENGTH)], dtype=torch.uint8)
+        text = self.to_text()
+        assert len(text) <= TEXT_LENGTH, "or compiled code would be tied to this method's length"
+        return torch.tensor([ord(letter) for letter in text.ljust(TEXT_LENGTH)], dtype=torch.uint8)
 
     @classmethod
     def from_tensor(cls, text: Tensor) -> "Method":
