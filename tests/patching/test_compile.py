@@ -222,7 +222,7 @@ def test_compiled_layers_are_routed(name: str, monkeypatch: pytest.MonkeyPatch) 
 
     def marked(*arguments: Any) -> Attended:
         found = attend(*arguments)
-        return found._replace(out=torch.zeros_like(found.out))
+        return Attended(torch.zeros_like(found.out), found.pairs, found.squares, found.facts)
 
     attend = dispatch.attend
     unmarked = transformer(**inputs).sample
