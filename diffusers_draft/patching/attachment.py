@@ -176,14 +176,18 @@ class Attachment(_HookOfTransformer):
         for record in self.records.values():
             record.ran = ""
 
-    def end(self) -> None:
+    def end(self, failed: bool) -> None:
         """Count the calls of the forward that is over, and keep what its sparse ones left."""
+        if not self.forward.runs_here:  # it failed before it began
+            return
         self.forward.end()
         ran = collections.Counter(record.ran for record in self.records.values())
         sparse = self._step is not None
         self.counts.calls["sparse"] += ran["sparse"]
         self.counts.calls["step"] += 0 if sparse else ran["dense"]
         self.counts.calls["mask"] += ran["mask"]
+        if failed:  # layers that it did not reach were not skipped
+            return
         self.counts.calls["skipped"] += ran[""] - self._replaced
         if len(self.records) == ran[""] > 0 and not self._replaced:
             self.counts.skipped_forwards += 1
@@ -217,7 +221,7 @@ class _End(_HookOfTransformer):
 
     @torch.compiler.disable
     def __call__(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
-        self._attachment.end()
+        self._attachment.end(failed=output is None)
 
 
 def attachment_of(transformer: nn.Module) -> Attachment | None:

@@ -71,12 +71,12 @@ class Clock:
 
     def note(self, moment: Moment | None) -> None:
         """Remember where a run began, when its first forward comes."""
-        if moment is not None and moment.run not in self._begun:
+        if moment is not None:
             self._begun[moment.run] = moment.begin
 
     def _begin(self, scheduler: Any, step: int) -> int:
         if scheduler.timesteps in self._begun:
-            return self._begun[scheduler.timesteps]
+            return min(self._begun[scheduler.timesteps], step)  # a first step that was only guessed may be too late
         counting = getattr(scheduler, "step_index", None) is not None
         return getattr(scheduler, "begin_index", None) or (0 if counting else step)
 

@@ -76,7 +76,7 @@ class Schedule:
     def _in_run(self, moment: Moment) -> SparseStep | None:
         last = len(moment.timesteps) - 1
         first = moment.begin if self._never_dense else max(moment.begin, self._first_sparse_step(moment))
-        step = min(max(moment.step, moment.begin), last)
+        step = min(moment.step, last)
         if step < first:
             return None
         return SparseStep(self._sparsity_at(share_left(moment)[first - moment.begin :], step - first), step)

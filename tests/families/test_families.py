@@ -77,7 +77,7 @@ def test_sparse_equals_draft_attention_put_into_the_stock_model(name: str, batch
     tiny = TINY[name]
     model, inputs = tiny.build(), tiny.inputs(batch)
     sparse_layers = tuple(path for path in tiny.layers if path not in tiny.dense_layers)
-    options = dict(sparsity=0.8, prefix=tiny.prefix, backend="reference")
+    options = dict(sparsity=0.8, prefix=tiny.prefix, backend="reference", tile=(2, 8, 8))
 
     def oracle(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
         return draft_attention(query, key, value, RAGGED, kv_len=tiny.lengths(inputs, query.shape[1]), **options)
@@ -87,7 +87,7 @@ def test_sparse_equals_draft_attention_put_into_the_stock_model(name: str, batch
         expected = forward(model, inputs)
     assert error(expected, dense) > 5e-4
     for backend in ("reference", "torch"):
-        enable_draft_attention(model, sparsity=0.8, backend=backend)
+        enable_draft_attention(model, sparsity=0.8, backend=backend, tile=(2, 8, 8))
         assert error(forward(model, inputs), expected) < tiny.tolerance
 
 

@@ -8,6 +8,7 @@ from models import RAGGED, run_hunyuan_video, run_wan
 from paper import PAPER, enable_draft_attention
 from torch import Tensor
 
+import diffusers_draft
 from diffusers_draft import DraftConfig
 from diffusers_draft.attention import kernels
 from diffusers_draft.attention.block_mask import BlockMask
@@ -276,3 +277,26 @@ def test_hunyuan_video_pipeline() -> None:
     assert report.dense_calls == {"step": 2 * dense * 3, "layer": 2 * 4 * 2, "mask": 0, "replacement": 0}
     assert report.blocks == (6, 5)
     assert report.density == pytest.approx((5 + 5 + 6) / 36)
+
+
+@pytest.mark.parametrize("where", ["before", "inside"])
+def test_a_forward_that_fails_counts_nothing_twice(where: str) -> None:
+    """As a second forward with a wrong grid, or one that runs out of memory in its second layer."""
+    model, inputs = models.wan(), models.wan_inputs()
+    handle = diffusers_draft.enable_draft_attention(model, 0.5)
+    run(model, inputs)
+    before = one(handle)
+
+    def fail(*_: Any) -> None:
+        raise OSError("no memory")
+
+    broken = {"before": model, "inside": model.blocks[1].attn1}[where]
+    hook = broken.register_forward_pre_hook(fail, prepend=True)
+    with pytest.raises(OSError, match="no memory"):
+        run(model, inputs)
+    hook.remove()
+    after = one(handle)
+    assert after.skipped_calls == after.skipped_forwards == 0
+    assert after.sparse_calls == before.sparse_calls + {"before": 0, "inside": 1}[where]
+    assert len(after.run) == len(before.run)
+    handle.disable()  # nothing is left running

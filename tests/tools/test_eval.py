@@ -331,7 +331,7 @@ def test_vbench_scores_the_videos_of_every_setting(folder, done, tmp_path, monke
     main(arguments(folder, tmp_path, "--sparsity", "0.5", "--vbench"))
     assert "leave --no-videos out" in fails(arguments(folder, tmp_path, "--vbench", "--no-videos"), capsys)
     scores = json.loads((tmp_path / "results.json").read_text())["vbench"]
-    name = "sparsity=0.5,schedule=falling,score=value,probes=64,budget=row,tile=2x8x8"
+    name = "sparsity=0.5,schedule=falling,score=value,probes=64,budget=row,tile=4x4x8"
     assert list(scores) == ["dense", name]
     assert scores["dense"]["motion_smoothness"] == scores[name]["imaging_quality"] == 0.3
 
@@ -449,7 +449,7 @@ def test_settings_are_read_and_named():
     assert parse_setting("dense_layers=none") == Setting(DraftConfig(dense_layers=()))
     assert parse_setting("sparsity=0.8") == Setting()
     assert parse_setting("sparsity=0.8").name == (
-        "sparsity=0.8,schedule=falling,score=value,probes=64,budget=row,tile=2x8x8"
+        "sparsity=0.8,schedule=falling,score=value,probes=64,budget=row,tile=4x4x8"
     )
 
 
