@@ -2,9 +2,11 @@
 
 import collections
 import contextlib
+import sys
 import warnings
 import weakref
 from collections.abc import Iterator
+from types import FrameType
 from typing import Any
 
 import torch
@@ -233,8 +235,16 @@ def attachment_of(transformer: nn.Module) -> Attachment | None:
 def check_not_running(transformer: nn.Module | None) -> None:
     """Raise RuntimeError if this thread is in a forward of a patched transformer."""
     attachment = None if transformer is None else attachment_of(transformer)
-    if attachment and attachment.forward.runs_here:
+    if attachment and attachment.forward.runs_here and _is_in_a_module():
         raise RuntimeError(
             f"A forward of {type(transformer).__name__} is running. Enable or disable draft attention between "
             "forwards, for example in callback_on_step_end."
         )
+
+
+def _is_in_a_module() -> bool:
+    """Return True if a module is being called: after Ctrl-C no hook tells that the forward is over."""
+    frame: FrameType | None = sys._getframe()
+    while frame and frame.f_code is not nn.Module._call_impl.__code__:
+        frame = frame.f_back
+    return frame is not None

@@ -94,7 +94,8 @@ class Forward:
         self.forwards_to_recompute, self.recomputed = 0, False
 
     def begin(self) -> None:
-        """Note that this thread is in a forward."""
+        """Note that this thread is in a forward, and in none that was interrupted."""
+        self.end()
         self.running.append(threading.get_ident())
 
     def end(self) -> None:

@@ -450,6 +450,21 @@ def test_in_a_running_forward(where: str, what: str) -> None:
     assert (processors(model), list(model._forward_pre_hooks.values())) == before
 
 
+def test_an_interrupted_forward_can_be_disabled() -> None:
+    """Hooks that are always called are not, after Ctrl-C."""
+    model = models.wan()
+    before = state(model)
+
+    def interrupt(*_: Any) -> None:
+        raise KeyboardInterrupt
+
+    hook = model.blocks[1].register_forward_pre_hook(interrupt)
+    with pytest.raises(KeyboardInterrupt), enable_draft_attention(model):
+        run(model)
+    hook.remove()
+    assert state(model) == before
+
+
 def test_another_model_may_be_running() -> None:
     model, other = models.wan(), models.wan()
     model.register_forward_hook(lambda *_: enable_draft_attention(other) and None)
