@@ -7,7 +7,7 @@ from torch import Tensor
 
 from . import kernels
 from .block_mask import BlockMask
-from .correct import Correction, fit, probe_rows
+from .correct import Correction, probe_rows
 from .draft import draft_map
 from .draft import value as value_score
 from .layout import TokenLayout, token_layout
@@ -149,8 +149,7 @@ class Call:
         video = self.layout.num_video_blocks * self.layout.block
         rows = probe_rows(video, self.method.probes, number, out.device)
         with torch.no_grad():
-            exact = self.steps.attend_to_valid(self.query[:, rows], self.key, self.value, self.kv_len, self.scale)
-            return fit(out[:, rows], exact)
+            return self.steps.correct(out, rows, self.query, self.key, self.value, self.kv_len, self.scale)
 
     def restore(self, out: Tensor, correction: Correction | None = None) -> Tensor:
         """Correct the output and put it back in the model's order, contiguous."""

@@ -15,6 +15,8 @@ from diffusers_draft.attention.kernels import triton_lists as triton_kernel
 from diffusers_draft.attention.layout import TokenLayout, token_layout
 from diffusers_draft.attention.method import Budget, Method
 from diffusers_draft.attention.steps import fused, plain
+from diffusers_draft.attention.steps.fused_exact import exact_parts, merged
+from diffusers_draft.attention.steps.fused_fit import MOST_PROBES
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
@@ -172,9 +174,54 @@ def test_exact_rows(head_dim: int, rows: int, lengths: tuple[int, int] | None) -
     if kv_len is not None:
         key, value = key.clone(), value.clone()
         key[1, 201:] = value[1, 201:] = float("nan")
-    found = fused.attend_to_valid(query[:, :rows], key, value, kv_len, None)
-    expected = plain.attend_to_valid(query[:, :rows], key, value, kv_len, None)
-    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
+    how = query[:, :rows], key, value, kv_len, head_dim**-0.5
+    torch.testing.assert_close(merged(*exact_parts(*how)), plain.attend_to_valid(*how), rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("head_dim", [40, 64, 128])
+@pytest.mark.parametrize("probes", [1, 7, 64, MOST_PROBES + 13])
+@pytest.mark.parametrize("lengths", [None, (300, 201)])
+def test_the_fit_is_that_of_the_plain_steps(head_dim: int, probes: int, lengths: tuple[int, int] | None) -> None:
+    """One head is fitted, one is shifted, and one is exact and left alone."""
+    query, key, value = (tokens(2, 300, 3, head_dim) * factor for factor in (2, 1, 3))
+    kv_len = None if lengths is None else torch.tensor(lengths, device=DEVICE)
+    if kv_len is not None:
+        key[1, 201:] = value[1, 201:] = float("nan")
+    rows = torch.arange(probes, device=DEVICE) * (200 // probes)
+    out = plain.attend_to_valid(query, key, value, kv_len, head_dim**-0.5)
+    noise = tokens(2, 300, 3, head_dim).flip(1, 3) * out.std()
+    out[:, :, 0] *= 0.7
+    out[:, :, 1] = out[:, :, 1] + 2 * out.std() + 0.1 * noise[:, :, 1]
+    how = out.transpose(1, 2).contiguous().transpose(1, 2), rows, query, key, value, kv_len, head_dim**-0.5
+    found, expected = fused.correct(*how), plain.correct(*how)
+    torch.testing.assert_close(found.squares, expected.squares, rtol=1e-3, atol=0)
+    torch.testing.assert_close(found.matrix, expected.matrix, rtol=1e-3, atol=1e-4)
+    torch.testing.assert_close(found.offset, expected.offset, rtol=1e-3, atol=1e-3)
+    if probes > 7:
+        assert found.matrix[:, 0].any() and not found.matrix[:, 1].any() and found.offset[:, 1].any()
+
+
+def test_a_head_of_constant_output_is_shifted() -> None:
+    query, key, value = tokens(1, 96, 2, 16), tokens(1, 96, 2, 16).flip(1), torch.ones(1, 96, 2, 16, device=DEVICE)
+    out, rows = torch.full_like(value, 0.5), torch.arange(0, 96, 3, device=DEVICE)
+    how = out, rows, query, key, value, None, 0.25
+    found, expected = fused.correct(*how), plain.correct(*how)
+    assert not found.matrix.any() and not expected.matrix.any()
+    torch.testing.assert_close(found.offset, torch.full_like(found.offset, 0.5), rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(found.offset, expected.offset, rtol=1e-4, atol=1e-4)
+
+
+def test_a_corrected_output_stays_in_the_range_of_float16() -> None:
+    x = tokens(1, 64, 1, 16, torch.float16).clamp(-1, 1) * 6e4
+    layout = token_layout((1, 8, 8), 0, 64, (4, 8), DEVICE)
+    correction = Correction(torch.eye(16, device=DEVICE).expand(1, 1, 16, 16).contiguous(),
+                            torch.zeros(1, 1, 16, device=DEVICE), torch.zeros(3))  # fmt: skip
+    for steps in (plain, fused):
+        found = steps.restore(plain.order(x, layout)[0], layout, correction)
+        assert found.isfinite().all() and found.abs().max() == 65504
+        broken = plain.order(x, layout)[0].clone()
+        broken[0, 0, 0, 0] = float("nan")
+        assert steps.restore(broken, layout, correction).isnan().any()
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16])  # the interpreter has no products of bfloat16

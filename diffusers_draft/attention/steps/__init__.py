@@ -29,9 +29,16 @@ class Steps(Protocol):
         kv_len: Tensor | None,
     ) -> BlockMask: ...
 
-    def attend_to_valid(
-        self, query: Tensor, key: Tensor, value: Tensor, kv_len: Tensor | None, scale: float | None
-    ) -> Tensor: ...
+    def correct(
+        self,
+        out: Tensor,
+        rows: Tensor,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        kv_len: Tensor | None,
+        scale: float,
+    ) -> Correction: ...
 
     def restore(self, out: Tensor, layout: TokenLayout, correction: Correction | None = None) -> Tensor: ...
 

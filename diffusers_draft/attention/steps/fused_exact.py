@@ -13,11 +13,17 @@ WAVES = 2
 """Thread blocks for each processor of the GPU."""
 
 
-def attend_to_valid(query: Tensor, key: Tensor, value: Tensor, kv_len: Tensor | None, scale: float | None) -> Tensor:
-    """Attend densely to the valid keys of each sample, as `plain.attend_to_valid` does, in float32.
+def exact_parts(
+    query: Tensor, key: Tensor, value: Tensor, kv_len: Tensor | None, scale: float
+) -> tuple[Tensor, Tensor]:
+    """Attend densely to the valid keys of each sample, as `plain.attend_to_valid` does, to each part of them apart.
 
     A row left to a single thread block would take as long as dense attention of its whole tile: the keys are split
-    among thread blocks, and their results merged by log-sum-exp.
+    among thread blocks, and their results are merged by log-sum-exp.
+
+    Returns:
+        The output over each part, `(P, B, H, n, D)` float32, and the log-sum-exp of the scores in it,
+        `(P, B, H, n)` float32, -inf where it has no valid keys.
     """
     batch, seq_len, heads, head_dim = key.shape
     rows = query.shape[1]
@@ -28,7 +34,6 @@ def attend_to_valid(query: Tensor, key: Tensor, value: Tensor, kv_len: Tensor | 
     parts = torch.empty(splits, batch, heads, rows, head_dim, dtype=torch.float32, device=key.device)
     lse = torch.empty(splits, batch, heads, rows, dtype=torch.float32, device=key.device)
     lengths = None if kv_len is None else kv_len.to(device=key.device, dtype=torch.int32, non_blocking=True)
-    scale = head_dim**-0.5 if scale is None else scale
     _exact_kernel[(splits, heads * tiles, batch)](
         query, key, value, parts, lse, query if lengths is None else lengths,
         *query.stride()[:3], *key.stride()[:3], *value.stride()[:3],
@@ -36,8 +41,12 @@ def attend_to_valid(query: Tensor, key: Tensor, value: Tensor, kv_len: Tensor | 
         HEAD_DIM=head_dim, PADDED_DIM=max(16, triton.next_power_of_2(head_dim)), ROWS=padded_rows, KEYS=KEYS,
         HAS_LEN=lengths is not None, num_warps=4, num_stages=3 if key.element_size() == 2 else 1,
     )  # fmt: skip
-    weights = torch.softmax(lse, dim=0)
-    return torch.einsum("pbhn,pbhnd->bnhd", weights, parts)
+    return parts, lse
+
+
+def merged(parts: Tensor, lse: Tensor) -> Tensor:
+    """Merge what `exact_parts` returns: `(B, n, H, D)` float32."""
+    return torch.einsum("pbhn,pbhnd->bnhd", torch.softmax(lse, dim=0), parts)
 
 
 def _splits(key: Tensor, programs: int) -> int:

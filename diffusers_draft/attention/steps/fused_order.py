@@ -8,6 +8,9 @@ from torch import Tensor
 from ..correct import Correction
 from ..layout import TokenLayout
 
+CORRECTED_ROWS, CORRECTED_TILES = 64, 16
+"""Rows that are corrected at once, and how often with one reading of the matrix."""
+
 
 def order(tokens: Tensor, layout: TokenLayout, average: bool = True) -> tuple[Tensor, Tensor | None]:
     """Read a tensor once, write it once in block order, and average its video blocks on the way.
@@ -38,12 +41,14 @@ def restore(out: Tensor, layout: TokenLayout, correction: Correction | None = No
     """Put a block-ordered `(B, S, H, D)` tensor back in the original order, contiguous; correct the video blocks."""
     batch, seq_len, heads, head_dim = out.shape
     restored = torch.empty(batch, seq_len, heads, head_dim, dtype=out.dtype, device=out.device)
-    rows = 64 if correction is None else 128
-    matrix, offset = (out, out) if correction is None else (correction.matrix.to(out.dtype), correction.offset)
-    _restore_kernel[(heads, triton.cdiv(seq_len, rows), batch)](
+    rows = 64 if correction is None else CORRECTED_ROWS
+    tiles = triton.cdiv(seq_len, rows)
+    some = 1 if correction is None else CORRECTED_TILES
+    matrix, offset = (out, out) if correction is None else (correction.matrix, correction.offset)
+    _restore_kernel[(heads, triton.cdiv(tiles, some), batch)](
         out, restored, layout.inverse, matrix, offset,
         *out.stride()[:3], seq_len, heads, layout.num_video_blocks * layout.block,
-        HEAD_DIM=head_dim, PADDED_DIM=max(16, triton.next_power_of_2(head_dim)), ROWS=rows,
+        HEAD_DIM=head_dim, PADDED_DIM=max(16, triton.next_power_of_2(head_dim)), ROWS=rows, TILES=some,
         CORRECT=correction is not None, num_warps=4 if correction is None else 8,
     )  # fmt: skip
     return restored
@@ -77,22 +82,35 @@ def _order_kernel(
 def _restore_kernel(
     out_ptr, restored_ptr, inverse_ptr, matrix_ptr, offset_ptr,
     stride_b, stride_s, stride_h, seq_len, heads, video,
-    HEAD_DIM: tl.constexpr, PADDED_DIM: tl.constexpr, ROWS: tl.constexpr, CORRECT: tl.constexpr,
+    HEAD_DIM: tl.constexpr, PADDED_DIM: tl.constexpr, ROWS: tl.constexpr, TILES: tl.constexpr, CORRECT: tl.constexpr,
 ):  # fmt: skip
+    """Restore some tiles of rows of one head, whose matrix is read once."""
     head = tl.program_id(0).to(tl.int64)
     sample = tl.program_id(2).to(tl.int64)
-    token = tl.program_id(1) * ROWS + tl.arange(0, ROWS)
     dims = tl.arange(0, PADDED_DIM)
-    mask = (token < seq_len)[:, None] & (dims < HEAD_DIM)[None, :]
-    slot = tl.load(inverse_ptr + token, mask=token < seq_len, other=0).to(tl.int64)
-    source = out_ptr + sample * stride_b + head * stride_h + slot[:, None] * stride_s + dims[None, :]
-    x = tl.load(source, mask=mask, other=0.0)
     if CORRECT:
         row = sample * heads + head
         inside = (dims < HEAD_DIM)[:, None] & (dims < HEAD_DIM)[None, :]
-        matrix = matrix_ptr + (row * HEAD_DIM + dims)[:, None] * HEAD_DIM + dims[None, :]
+        matrix_ptr += (row * HEAD_DIM + dims)[:, None] * HEAD_DIM + dims[None, :]
+        matrix = tl.load(matrix_ptr, mask=inside, other=0.0).to(out_ptr.dtype.element_ty)
         offset = tl.load(offset_ptr + row * HEAD_DIM + dims, mask=dims < HEAD_DIM, other=0.0)
-        change = tl.dot(x, tl.load(matrix, mask=inside, other=0.0), input_precision="tf32x3") + offset[None, :]
-        x = tl.where((slot < video)[:, None], x.to(tl.float32) + change, x.to(tl.float32)).to(x.dtype)
-    to = ((sample * seq_len + token) * heads + head)[:, None] * HEAD_DIM + dims[None, :]
-    tl.store(restored_ptr + to, x, mask=mask)
+    for tile in tl.range(TILES):
+        token = (tl.program_id(1) * TILES + tile) * ROWS + tl.arange(0, ROWS)
+        mask = (token < seq_len)[:, None] & (dims < HEAD_DIM)[None, :]
+        slot = tl.load(inverse_ptr + token, mask=token < seq_len, other=0).to(tl.int64)
+        source = out_ptr + sample * stride_b + head * stride_h + slot[:, None] * stride_s + dims[None, :]
+        x = tl.load(source, mask=mask, other=0.0)
+        if CORRECT:
+            change = tl.dot(x, matrix, input_precision="tf32x3") + offset[None, :]
+            corrected = tl.where((slot < video)[:, None], x.to(tl.float32) + change, x.to(tl.float32))
+            x = _rounded(corrected, x.dtype)
+        to = ((sample * seq_len + token) * heads + head)[:, None] * HEAD_DIM + dims[None, :]
+        tl.store(restored_ptr + to, x, mask=mask)
+
+
+@triton.jit
+def _rounded(x, dtype: tl.constexpr):
+    """Convert; in float16 to its largest number at most."""
+    if dtype == tl.float16:
+        x = tl.where(x > 65504.0, 65504.0, tl.where(x < -65504.0, -65504.0, x))
+    return x.to(dtype)

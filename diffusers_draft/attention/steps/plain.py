@@ -5,7 +5,7 @@ from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
 from ..block_mask import BlockMask
-from ..correct import Correction
+from ..correct import Correction, fit
 from ..draft import block_means, draft_map, value
 from ..layout import TokenLayout
 from ..select import select as select_from_scores
@@ -66,6 +66,23 @@ def attend_to_valid(query: Tensor, key: Tensor, value: Tensor, kv_len: Tensor | 
     return torch.cat(outs)
 
 
+def correct(
+    out: Tensor, rows: Tensor, query: Tensor, key: Tensor, value: Tensor, kv_len: Tensor | None, scale: float
+) -> Correction:
+    """Attend exactly with some rows, and fit the correction to them.
+
+    Args:
+        out: `(B, S, H, D)` sparse output in block order.
+        rows: `(n,)` int64 rows of it.
+        query: as `out`.
+        key: as `out`.
+        value: as `out`.
+        kv_len: `(B,)` leading valid keys or None.
+        scale: factor on the scores.
+    """
+    return fit(out[:, rows], attend_to_valid(query[:, rows], key, value, kv_len, scale))
+
+
 def restore(out: Tensor, layout: TokenLayout, correction: Correction | None = None) -> Tensor:
     """Put block-ordered `(B, S, H, D)` tokens back in their original order, contiguous; correct the video blocks."""
     batch, seq_len, heads, head_dim = out.shape
@@ -82,6 +99,9 @@ def _corrected(out: Tensor, layout: TokenLayout, correction: Correction) -> Tens
     video = layout.num_video_blocks * layout.block
     rows = by_head[:, :, :video].float()
     rows = rows + rows @ correction.matrix + correction.offset[:, :, None]
+    if out.dtype == torch.float16:  # bfloat16 and float32 reach as far as the sum
+        largest = torch.finfo(out.dtype).max
+        rows = rows.clamp(-largest, largest)
     return torch.cat([rows.to(out.dtype), by_head[:, :, video:]], dim=2).transpose(1, 2)
 
 
