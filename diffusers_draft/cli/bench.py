@@ -10,14 +10,12 @@ import torch
 from ..attention import kernels
 from ..attention.method import check_grid
 from ..config import DraftConfig
-from ..tools.bench import step as one_step
 from ..tools.bench.attention import Case, run_dense, run_draft
 from ..tools.bench.measure import environment
-from ..tools.bench.models import MODELS
 from ..tools.bench.shapes import SHAPES, Shape, random_inputs, structured_inputs
 from ..tools.bench.table import format_table, plot
 from . import CommandError
-from .ranks import Ranks, add_ulysses, together
+from .bench_model import add_model, add_run
 
 
 def add_parser(subparsers) -> None:
@@ -25,7 +23,8 @@ def add_parser(subparsers) -> None:
     bench = subparsers.add_parser("bench", help="measure speed on this machine")
     what = bench.add_subparsers(dest="what", required=True)
     _add_attention(what.add_parser("attention", help="one attention call: dense baselines, backends, stages"))
-    _add_model(what.add_parser("model", help="one denoising step of a real transformer, dense and sparse"))
+    add_model(what.add_parser("model", help="one denoising step of a real transformer, dense and sparse"))
+    add_run(what.add_parser("run", help="a whole denoising run of a real transformer, dense and sparse"))
 
 
 def _add_attention(parser: argparse.ArgumentParser) -> None:
@@ -47,19 +46,6 @@ def _add_attention(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--json", type=Path, help="write the results to this file")
     parser.add_argument("--plot", type=Path, help="draw time against sparsity to this file")
     parser.set_defaults(run=run_attention)
-
-
-def _add_model(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--model", choices=sorted(MODELS), default="hunyuan-13b-768p")
-    parser.add_argument("--sparsity", type=float, help="default: the paper's for the model")
-    parser.add_argument("--budget", choices=["head", "row"], default="head", help="default: the paper's head")
-    parser.add_argument("--backend", default="auto")
-    parser.add_argument("--compile", action="store_true", help="compile the repeated blocks")
-    parser.add_argument("--steps", type=int, default=50, help="steps of the run to predict")
-    parser.add_argument("--seconds", type=float, default=2.0, help="least time to measure each forward")
-    parser.add_argument("--json", type=Path, help="write the results to this file")
-    add_ulysses(parser)
-    parser.set_defaults(run=run_model)
 
 
 def run_attention(args: argparse.Namespace) -> None:
@@ -103,44 +89,3 @@ def run_attention(args: argparse.Namespace) -> None:
         args.json.write_text(json.dumps(record, indent=1) + "\n")
     if args.plot:
         plot(rows, args.plot, f"{name}, {facts['device']}, {str(dtype).removeprefix('torch.')}")
-
-
-def run_model(args: argparse.Namespace) -> None:
-    """Time one denoising step of a transformer and predict the time of a whole run.
-
-    Raises:
-        CommandError: if there is no CUDA GPU.
-    """
-    if not torch.cuda.is_available():
-        raise CommandError("bench model needs a CUDA GPU: a real transformer's step takes minutes on a CPU.")
-    with together(args.ulysses) as ranks:
-        _run_model(args, ranks)
-
-
-def _run_model(args: argparse.Namespace, ranks: Ranks) -> None:
-    device = torch.device("cuda")
-    facts = environment(device)
-    print(", ".join(f"{key} {value}" for key, value in facts.items()))
-    options = {"sparsity": args.sparsity, "budget": args.budget, "backend": args.backend, "compiled": args.compile}
-    split = ranks.split if ranks.size > 1 else None
-    steps = []
-    for step in one_step.run(args.model, device=device, seconds=args.seconds, split=split, **options):
-        steps.append(step)
-        blocks = ", ".join(f"{path} {cost:.2f}" for path, cost in step.block_ms.items())
-        print(f"{step.name:20s} step {step.step_ms:9.1f} ms   blocks: {blocks} ms   memory {step.memory_gib:.2f} GiB")
-    prediction = one_step.predict(args.model, steps, args.steps)
-    print(
-        f"a sparse step is {prediction['step_speedup']:.2f}x the best dense one; {args.steps} steps, "
-        f"{prediction['dense_steps']} of them dense: {prediction['draft_s']:.0f} s instead of "
-        f"{prediction['dense_s']:.0f} s ({prediction['run_speedup']:.2f}x)"
-    )
-    if ranks.size > 1:
-        print(
-            f"with all layers sparse, {ranks.size} GPUs are {prediction['gpu_speedup']:.2f}x as fast as one; "
-            f"exchanges alone would take {prediction['exchange_share']:.0%} of that time"
-        )
-    if args.json and ranks.first:
-        options |= {"ulysses": args.ulysses} if args.ulysses > 1 else {}
-        record = {"environment": facts, "model": args.model, "options": options, "prediction": prediction}
-        record["steps"] = [asdict(step) for step in steps]
-        args.json.write_text(json.dumps(record, indent=1) + "\n")

@@ -22,6 +22,8 @@ class Model:
         scheduler: makes the scheduler.
         forwards: forwards for each step (2 with classifier-free guidance).
         sparsity: the sparsity that the paper uses for it.
+        pipeline: makes diffusers' pipeline of a transformer and a scheduler, without text encoder and decoder.
+        arguments: makes what stands in for them in the pipeline's call.
     """
 
     shape: str
@@ -31,6 +33,25 @@ class Model:
     scheduler: Callable[[], Any]
     forwards: int
     sparsity: float
+    pipeline: Callable[[nn.Module, Any], Any]
+    arguments: Callable[[Shape, torch.device, torch.dtype], dict[str, Any]]
+
+    def make(self, device: torch.device, dtype: torch.dtype, blocks: int | None = None) -> Any:
+        """Make the transformer with random weights.
+
+        Args:
+            device: where.
+            dtype: of the weights.
+            blocks: how many of each kind; by default as many as it really has.
+        """
+        before = torch.get_default_dtype()
+        torch.set_default_dtype(dtype)
+        try:
+            with torch.device(device):
+                transformer = self.build(**{key: blocks or length for _, key, length in self.blocks})
+        finally:
+            torch.set_default_dtype(before)
+        return transformer.eval().requires_grad_(False)
 
 
 def _hunyuan(**layers: int) -> nn.Module:
@@ -52,6 +73,28 @@ def _hunyuan_inputs(shape: Shape, device: torch.device, dtype: torch.dtype) -> d
         "encoder_attention_mask": torch.ones(1, shape.text, dtype=torch.bool, device=device),
         "pooled_projections": noise(1, 768),
         "guidance": torch.full((1,), 6000.0, device=device, dtype=dtype),
+    }
+
+
+def _hunyuan_pipeline(transformer: nn.Module, scheduler: Any) -> Any:
+    from diffusers import HunyuanVideoPipeline
+
+    parts = dict.fromkeys(("vae", "text_encoder", "tokenizer", "text_encoder_2", "tokenizer_2"))
+    return HunyuanVideoPipeline(transformer=transformer, scheduler=scheduler, **parts)
+
+
+def _size(shape: Shape, channels: int, device: torch.device) -> dict[str, Any]:
+    """Make the arguments that every pipeline has; the size in pixels is only checked, as the latents are given."""
+    frames, rows, columns = shape.grid
+    latents = torch.randn(1, channels, frames, 2 * rows, 2 * columns, device=device)
+    return {"latents": latents, "height": 16 * rows, "width": 16 * columns, "num_frames": 4 * frames - 3}
+
+
+def _hunyuan_arguments(shape: Shape, device: torch.device, dtype: torch.dtype) -> dict[str, Any]:
+    return _size(shape, 16, device) | {
+        "prompt_embeds": torch.randn(1, shape.text, 4096, device=device, dtype=dtype),
+        "pooled_prompt_embeds": torch.randn(1, 768, device=device, dtype=dtype),
+        "prompt_attention_mask": torch.ones(1, shape.text, dtype=torch.bool, device=device),
     }
 
 
@@ -77,6 +120,25 @@ def _wan_inputs(channels: int) -> Callable[[Shape, torch.device, torch.dtype], d
     return inputs
 
 
+def _wan_pipeline(**config: Any) -> Callable[[nn.Module, Any], Any]:
+    def pipeline(transformer: nn.Module, scheduler: Any) -> Any:
+        from diffusers import WanPipeline
+
+        parts = dict.fromkeys(("vae", "text_encoder", "tokenizer"))
+        return WanPipeline(transformer=transformer, scheduler=scheduler, **parts, **config)
+
+    return pipeline
+
+
+def _wan_arguments(channels: int) -> Callable[[Shape, torch.device, torch.dtype], dict[str, Any]]:
+    def arguments(shape: Shape, device: torch.device, dtype: torch.dtype) -> dict[str, Any]:
+        names = "prompt_embeds", "negative_prompt_embeds"
+        prompts = {name: torch.randn(1, 512, 4096, device=device, dtype=dtype) for name in names}
+        return _size(shape, channels, device) | prompts
+
+    return arguments
+
+
 def _flow_scheduler(shift: float) -> Callable[[], Any]:
     def scheduler() -> Any:
         from diffusers import FlowMatchEulerDiscreteScheduler
@@ -88,18 +150,24 @@ def _flow_scheduler(shift: float) -> Callable[[], Any]:
 
 def _hunyuan_model(shape: str) -> Model:
     blocks = (("transformer_blocks", "num_layers", 20), ("single_transformer_blocks", "num_single_layers", 40))
-    return Model(shape, blocks, _hunyuan, _hunyuan_inputs, _flow_scheduler(7.0), 1, 0.9)
+    scheduler = _flow_scheduler(7.0)
+    return Model(shape, blocks, _hunyuan, _hunyuan_inputs, scheduler, 1, 0.9, _hunyuan_pipeline, _hunyuan_arguments)
 
 
-def _wan_model(shape: str, build: Callable[..., nn.Module], layers: int, channels: int, shift: float) -> Model:
+def _wan_model(
+    shape: str, build: Callable[..., nn.Module], layers: int, channels: int, shift: float, **config: Any
+) -> Model:
     blocks = (("blocks", "num_layers", layers),)
-    return Model(shape, blocks, build, _wan_inputs(channels), _flow_scheduler(shift), 2, 0.75)
+    run = _wan_pipeline(**config), _wan_arguments(channels)
+    return Model(shape, blocks, build, _wan_inputs(channels), _flow_scheduler(shift), 2, 0.75, *run)
 
 
 MODELS = {
     "hunyuan-13b-768p": _hunyuan_model("hunyuan-768p"),
+    "hunyuan-13b-720p": _hunyuan_model("hunyuan-720p"),
     "hunyuan-13b-544p": _hunyuan_model("hunyuan-544p"),
     "wan-14b-768p": _wan_model("wan-14b-768p", _wan, 40, 16, 5.0),
+    "wan-14b-720p": _wan_model("wan-14b-720p", _wan, 40, 16, 5.0),
     "wan-14b-480p": _wan_model("wan-14b-480p", _wan, 40, 16, 3.0),
-    "wan-5b-704p": _wan_model("wan-5b-704p", _wan_5b, 30, 48, 5.0),
+    "wan-5b-704p": _wan_model("wan-5b-704p", _wan_5b, 30, 48, 5.0, expand_timesteps=True),
 }

@@ -4,29 +4,23 @@ Weights are random and only a few blocks are built. The time of a block is the d
 and with fewer blocks of its kind; the time of the whole step is the sum over all blocks.
 """
 
-import contextlib
 import gc
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.attention import SDPBackend, sdpa_kernel
-from torch.nn.functional import scaled_dot_product_attention
 
 from ...api import enable_draft_attention
-from ...attention.method import Budget
 from ...config import DraftConfig
-from ...families import family_of
 from ...patching.dispatch import exchange_of
-from ...patching.forward import AttentionCall, Hook
+from ...patching.forward import AttentionCall
+from .dense import NO_ATTENTION, dense_kernels, through
 from .measure import Time, measure
 from .models import MODELS, Model
 from .shapes import SHAPES
 
-NO_ATTENTION = "no attention"
-"""Name of the step whose attention returns `value` unchanged: it measures everything but attention."""
 ONE_GPU = "draft on one GPU"
 """Name of the step with draft attention that is measured before the model is split over several GPUs."""
 NOT_DENSE = (NO_ATTENTION, ONE_GPU)
@@ -52,6 +46,7 @@ class Step:
         memory_gib: peak memory of the forward beyond weights and inputs, on a GPU.
         exchange_ms: milliseconds of the exchanges between GPUs in one layer without attention. In draft attention they
             overlap with it in part.
+        density: share of the pairs of video blocks that draft attention computed; None for dense attention.
     """
 
     name: str
@@ -62,14 +57,14 @@ class Step:
     times: dict[str, Time]
     memory_gib: float
     exchange_ms: float = 0.0
+    density: float | None = None
 
 
 def run(
     name: str,
+    config: DraftConfig,
+    densities: Sequence[float],
     *,
-    sparsity: float | None,
-    budget: Budget,
-    backend: str,
     compiled: bool,
     device: torch.device,
     seconds: float,
@@ -77,13 +72,10 @@ def run(
 ) -> Iterator[Step]:
     """Measure a step with diffusers' default attention, no attention, dense kernels, and draft attention.
 
-    Draft attention uses the paper's tile.
-
     Args:
         name: key of `MODELS`.
-        sparsity: as in `DraftConfig`; by default the model's in `MODELS`.
-        budget: as in `DraftConfig`.
-        backend: as in `DraftConfig`.
+        config: how draft attention is set; how dense it is and where is for `densities` to say.
+        densities: those to measure; the last one is measured over several GPUs, if there are.
         compiled: whether to compile the repeated blocks.
         device: the device to run on.
         seconds: least time to measure each forward.
@@ -94,44 +86,67 @@ def run(
         RuntimeError: if the output of several GPUs differs from that of one.
     """
     model = MODELS[name]
-    dtype = torch.bfloat16
     torch.manual_seed(0)  # so that all processes have the same model and inputs
-    torch.set_default_dtype(dtype)
-    try:
-        with torch.device(device):
-            transformer: Any = model.build(**{key: BLOCKS for _, key, _ in model.blocks}).eval().requires_grad_(False)
-    finally:
-        torch.set_default_dtype(torch.float32)
-    inputs = model.inputs(SHAPES[model.shape], device, dtype)
+    transformer = model.make(device, torch.bfloat16, BLOCKS)
+    inputs = model.inputs(SHAPES[model.shape], device, torch.bfloat16)
     if compiled:
         transformer.compile_repeated_blocks(fullgraph=True)
-    options: dict[str, Any] = {"dense_steps": 0, "dense_layers": (), "tile": DraftConfig.paper().tile}
-    sparsity = model.sparsity if sparsity is None else sparsity
 
-    def step(name: str) -> Step:
-        return _step(name, transformer, model, inputs, compiled, seconds)
-
-    def draft(name: str) -> tuple[Step, Tensor]:
-        with enable_draft_attention(transformer, sparsity, budget=budget, backend=backend, **options) as handle:
-            measured = step(name)
-            print(handle.report())
+    def draft(name: str = "") -> tuple[Step, Tensor]:
+        *_, measured = draft_steps(transformer, model, inputs, config, densities[-1:], compiled, seconds)
+        with enable_draft_attention(transformer, config=_at(config, densities[-1])) as handle:
             with torch.inference_mode():
-                return measured, transformer(**inputs, return_dict=False)[0]
+                output = transformer(**inputs, return_dict=False)[0]
+            print(handle.report())
+        return replace(measured, name=name or measured.name), output
 
     expected = None
     if split:
         alone, expected = draft(ONE_GPU)
         yield alone
         split(transformer)
-    yield step("diffusers default")
-    for kernel in ("no", *_dense_kernels(device)):
-        with enable_draft_attention(transformer, **options) as handle, handle._watched(_through(kernel)):
-            yield step(NO_ATTENTION if kernel == "no" else f"dense {kernel}")
-    measured, output = draft(f"draft {sparsity:g}")
+    yield measure_step("diffusers default", transformer, model, inputs, compiled, seconds)
+    for kernel in ("no", *dense_kernels(device)):
+        yield dense_step(kernel, transformer, model, inputs, compiled, seconds)
+    yield from draft_steps(transformer, model, inputs, config, densities[:-1], compiled, seconds)
+    measured, output = draft()
     if expected is not None:
         _check_same(output, expected)
         measured = replace(measured, exchange_ms=_exchange_ms(transformer, inputs, seconds))
     yield measured
+
+
+def dense_step(
+    kernel: str, transformer: Any, model: Model, inputs: dict[str, Tensor], compiled: bool, seconds: float
+) -> Step:
+    """Measure a step with one of `dense.dense_kernels`, or `"no"` attention."""
+    name = NO_ATTENTION if kernel == "no" else f"dense {kernel}"
+    with enable_draft_attention(transformer, dense_layers=()) as handle, handle._watched(through(kernel)):
+        return measure_step(name, transformer, model, inputs, compiled, seconds)
+
+
+def draft_steps(
+    transformer: Any,
+    model: Model,
+    inputs: dict[str, Tensor],
+    config: DraftConfig,
+    densities: Sequence[float],
+    compiled: bool,
+    seconds: float,
+) -> Iterator[Step]:
+    """Measure a step with all layers sparse, at each density."""
+    torch._dynamo.reset()
+    for density in densities:
+        with enable_draft_attention(transformer, config=_at(config, density)):
+            name = f"draft, density {density:.3g}"
+            step = measure_step(name, transformer, model, inputs, compiled, seconds, reset=False)
+        yield replace(step, density=density)
+
+
+def _at(config: DraftConfig, density: float) -> DraftConfig:
+    """Make all steps and layers of this density."""
+    free: dict[str, Any] = {"dense_steps": 0, "dense_timestep": None, "dense_layers": ()}
+    return replace(config, sparsity=max(0.0, 1 - density), schedule="constant", **free)
 
 
 def _check_same(output: Tensor, expected: Tensor) -> None:
@@ -154,11 +169,18 @@ def _exchange_ms(transformer: Any, inputs: dict[str, Tensor], seconds: float) ->
         return measure(lambda: exchange.to_tokens(exchange.to_heads(query, key, value)[0]), seconds).median
 
 
-def _step(
-    name: str, transformer: Any, model: Model, inputs: dict[str, Tensor], compiled: bool, seconds: float
+def measure_step(
+    name: str,
+    transformer: Any,
+    model: Model,
+    inputs: dict[str, Tensor],
+    compiled: bool,
+    seconds: float,
+    reset: bool = True,
 ) -> Step:
     """Measure forwards with one and with more blocks of each kind, and compute the time of the whole step."""
-    torch._dynamo.reset()
+    if reset:
+        torch._dynamo.reset()
     lists = {path: transformer.get_submodule(path) for path, _, _ in model.blocks}
     times = {}
 
@@ -203,88 +225,3 @@ def _peak_memory(call: Callable[[], None], device: torch.device) -> float:
     call()
     torch.cuda.synchronize()
     return (torch.cuda.max_memory_allocated() - before) / 2**30
-
-
-def _dense_kernels(device: torch.device) -> list[str]:
-    """List the dense kernels that are available on a device, besides diffusers' default."""
-    if device.type != "cuda":
-        return []
-    kernels = ["cudnn"]
-    with contextlib.suppress(ImportError):
-        import flash_attn.cute.interface  # noqa: F401
-
-        kernels.append("fa4")
-    return kernels
-
-
-@torch.library.custom_op("diffusers_draft_bench::dense", mutates_args=())
-def _dense(query: Tensor, key: Tensor, value: Tensor, kernel: str) -> Tensor:
-    """Run one dense kernel, or return a copy of `value` for `"no"`."""
-    if kernel == "no":
-        return value.clone()
-    if kernel == "fa4":
-        from flash_attn.cute.interface import _flash_attn_fwd
-
-        return _flash_attn_fwd(query, key, value)[0]
-    with sdpa_kernel(SDPBackend.CUDNN_ATTENTION):
-        out = scaled_dot_product_attention(query.transpose(1, 2), key.transpose(1, 2), value.transpose(1, 2))
-    return out.transpose(1, 2).contiguous()
-
-
-@_dense.register_fake
-def _(query, key, value, kernel):
-    return query.new_empty(query.shape)
-
-
-def _through(kernel: str) -> Hook:
-    """Make a hook that attends with a dense kernel, or not at all; no mask is needed, as no text is padded."""
-
-    def attend(call: AttentionCall) -> Tensor:
-        return _dense(call.query, call.key, call.value, kernel)
-
-    return attend
-
-
-def predict(name: str, steps: list[Step], num_steps: int) -> dict[str, float]:
-    """Predict the time of a whole run, with the best dense attention and with draft attention.
-
-    Draft attention has the dense steps and layers of the model's family.
-
-    Args:
-        name: key of `MODELS`.
-        steps: from `run`, draft attention last.
-        num_steps: denoising steps of the run.
-
-    Returns:
-        Numbers by name; those in `_s` are seconds, those in `_ms` milliseconds.
-    """
-    model = MODELS[name]
-    scheduler = model.scheduler()
-    scheduler.set_timesteps(num_steps)
-    with torch.device("meta"):
-        family = family_of(model.build(**{key: 1 for _, key, _ in model.blocks}))
-    assert family is not None, "every model here is of a known family"
-    dense_steps = sum(t > family.dense_timestep for t in scheduler.timesteps.tolist())
-    dense = [step for step in steps[:-1] if step.name not in NOT_DENSE]
-    draft = steps[-1]
-    best = min(dense, key=lambda step: step.step_ms)
-    sparse_ms = draft.step_ms
-    for path in family.dense_layers:
-        kind = path.split(".")[0]
-        sparse_ms += best.block_ms[kind] - draft.block_ms[kind]
-    draft_ms = dense_steps * best.step_ms + (num_steps - dense_steps) * sparse_ms
-    layers = sum(length for _, _, length in model.blocks)
-    alone = [step.step_ms / draft.step_ms for step in steps if step.name == ONE_GPU]
-    over_gpus = (
-        {"gpu_speedup": alone[0], "exchange_share": layers * draft.exchange_ms / draft.step_ms} if alone else {}
-    )
-    return over_gpus | {
-        "steps": num_steps,
-        "dense_steps": dense_steps,
-        "dense_s": num_steps * model.forwards * best.step_ms / 1e3,
-        "draft_s": model.forwards * draft_ms / 1e3,
-        "sparse_step_ms": sparse_ms,
-        "best_dense_step_ms": best.step_ms,
-        "step_speedup": best.step_ms / sparse_ms,
-        "run_speedup": num_steps * best.step_ms / draft_ms,
-    }
