@@ -2,20 +2,27 @@
 
 import argparse
 import json
+from collections.abc import Iterator
 from dataclasses import asdict
 from pathlib import Path
+from typing import Any
 
 import torch
 
 from ..attention import kernels
-from ..attention.method import check_grid
+from ..attention.method import Method, check_grid, format_tile, parse_tile
 from ..config import DraftConfig
-from ..tools.bench.attention import Case, run_dense, run_draft
+from ..tools.bench.attention import Row, run_dense, run_draft, run_paper
 from ..tools.bench.measure import environment
+from ..tools.bench.pictures import FORMATS, plot, plot_error
+from ..tools.bench.reference import Case
+from ..tools.bench.rival import run_rival
 from ..tools.bench.shapes import SHAPES, Shape, random_inputs, structured_inputs
-from ..tools.bench.table import format_table, plot
-from . import CommandError
+from ..tools.bench.table import format_table
+from . import one_line
 from .bench_model import add_model, add_run
+from .option_types import device, seconds, whole
+from .outputs import check_output, check_picture, write_output
 
 
 def add_parser(subparsers) -> None:
@@ -28,23 +35,26 @@ def add_parser(subparsers) -> None:
 
 
 def _add_attention(parser: argparse.ArgumentParser) -> None:
+    draft, default = DraftConfig, "default: %(default)s"
     parser.add_argument("--shape", choices=sorted(SHAPES), help="default: cpu-10k on a CPU, hunyuan-768p on a GPU")
     parser.add_argument("--grid", type=int, nargs=3, metavar=("T", "Y", "X"), help="video tokens, instead of --shape")
-    parser.add_argument("--heads", type=int, default=24)
-    parser.add_argument("--head-dim", type=int, default=128)
-    parser.add_argument("--text", type=int, default=0, help="text tokens behind the video")
-    parser.add_argument("--batch", type=int, default=1)
+    parser.add_argument("--heads", type=whole(1), default=24)
+    parser.add_argument("--head-dim", type=whole(1), default=128)
+    parser.add_argument("--text", type=whole(0), default=0, help="text tokens behind the video")
+    parser.add_argument("--batch", type=whole(1), default=1)
     parser.add_argument("--sparsity", type=float, nargs="+", default=[0.9])
-    parser.add_argument("--budget", nargs="+", choices=["head", "row"], default=["head", "row"])
-    parser.add_argument("--tile", type=int, nargs="+", default=[8, 16], help="default: the paper's 8 16")
+    parser.add_argument("--budget", nargs="+", choices=["row", "head"], default=[draft.budget], help=default)
+    parser.add_argument("--tile", default=format_tile(draft.tile), help=f"tokens of a block ({default})")
+    parser.add_argument("--paper", action="store_true", help="also the paper's settings at each sparsity")
     parser.add_argument("--backend", nargs="+", help="default: every backend but the reference")
     parser.add_argument("--dtype", choices=["float32", "float16", "bfloat16"], help="default: float32 on CPU")
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--device", type=device, default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--random", action="store_true", help="Gaussian inputs instead of smooth fields with noise")
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--seconds", type=float, default=1.0, help="least time to measure each row")
-    parser.add_argument("--json", type=Path, help="write the results to this file")
-    parser.add_argument("--plot", type=Path, help="draw time against sparsity to this file")
+    parser.add_argument("--seconds", type=seconds, default=1.0, help="least time to measure each row")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="write the results to this file")
+    parser.add_argument("--plot", type=Path, metavar="FILE", help="draw time against sparsity to this file")
+    parser.add_argument("--plot-error", type=Path, metavar="FILE", help="draw error against time to this file")
     parser.set_defaults(run=run_attention)
 
 
@@ -52,40 +62,69 @@ def run_attention(args: argparse.Namespace) -> None:
     """Time one attention call and print the table.
 
     Raises:
-        CommandError: for an option that is out of range.
+        CommandError: for an option that is out of range, or a file that cannot be written.
     """
-    try:
+    methods = _methods(args)
+    _check_outputs(args)
+    on_cpu = args.device.type == "cpu"
+    dtype = getattr(torch, args.dtype or ("float32" if on_cpu else "bfloat16"))
+    name, shape = _shape(args)
+    facts = environment(args.device)
+    print(", ".join(f"{key} {value}" for key, value in facts.items()))
+    kind = "random" if args.random else "structured, smooth-valued"
+    print(f"{name}: {shape}, {shape.seq_len:,} tokens, {dtype}, {kind} inputs")
+    inputs = (random_inputs if args.random else structured_inputs)(shape, args.device, dtype, args.seed)
+    with torch.inference_mode():
+        rows = list(_rows(args, Case(shape, inputs, args.seconds), methods))
+    print(format_table(rows, shape))
+    if args.json:
+        record: dict[str, Any] = {"environment": facts, "name": name, "shape": vars(shape), "dtype": str(dtype)}
+        record |= {"tile": methods[0].tile, "inputs": kind, "rows": [asdict(row) for row in rows]}
+        text = json.dumps(record, indent=1) + "\n"
+        write_output(args.json, lambda path: path.write_text(text))
+    title = f"{name}, {facts['device']}, {str(dtype).removeprefix('torch.')}"
+    if args.plot:
+        write_output(args.plot, lambda path: plot(rows, path, title))
+    if args.plot_error:
+        write_output(args.plot_error, lambda path: plot_error(rows, path, title))
+
+
+def _methods(args: argparse.Namespace) -> list[Method]:
+    """Check the options of the method; return the library's defaults with each budget that is asked for."""
+    with one_line(ValueError):
         for sparsity in args.sparsity:
-            DraftConfig(sparsity=sparsity, tile=args.tile)
+            DraftConfig(sparsity=sparsity)
         for backend in args.backend or []:
             kernels.check_name(backend)
         if args.grid:
             check_grid(tuple(args.grid), 0)
-    except ValueError as error:
-        raise CommandError(str(error)) from error
-    device = torch.device(args.device)
-    on_cpu = device.type == "cpu"
-    dtype = getattr(torch, args.dtype or ("float32" if on_cpu else "bfloat16"))
-    name = args.shape or ("cpu-10k" if on_cpu else "hunyuan-768p")
-    shape = SHAPES[name]
-    if args.grid:
-        name, shape = "custom", Shape(tuple(args.grid), args.heads, args.head_dim, args.text, args.batch)
-    facts = environment(device)
-    print(", ".join(f"{key} {value}" for key, value in facts.items()))
-    kind = "random" if args.random else "structured"
-    print(f"{name}: {shape}, {shape.seq_len:,} tokens, {dtype}, {kind} inputs")
-    inputs = (random_inputs if args.random else structured_inputs)(shape, device, dtype, args.seed)
-    case = Case(shape, inputs, args.seconds)
-    backends = args.backend or [backend for backend in kernels.BACKENDS if backend != "reference"]
-    with torch.inference_mode():
-        rows = list(run_dense(case))
-        for sparsity in args.sparsity:
-            for budget in args.budget:
-                rows += run_draft(case, sparsity, budget, tuple(args.tile), backends)
-    print(format_table(rows, shape))
+        return [DraftConfig(budget=budget, tile=parse_tile(args.tile)).method for budget in args.budget]
+
+
+def _check_outputs(args: argparse.Namespace) -> None:
     if args.json:
-        record = {"environment": facts, "name": name, "shape": vars(shape), "dtype": str(dtype), "tile": args.tile}
-        record |= {"inputs": kind, "rows": [asdict(row) for row in rows]}
-        args.json.write_text(json.dumps(record, indent=1) + "\n")
-    if args.plot:
-        plot(rows, args.plot, f"{name}, {facts['device']}, {str(dtype).removeprefix('torch.')}")
+        check_output(args.json)
+    for picture in filter(None, (args.plot, args.plot_error)):
+        check_picture(picture, FORMATS)
+
+
+def _shape(args: argparse.Namespace) -> tuple[str, Shape]:
+    """Return the name and the sizes of the attention call."""
+    if args.grid:
+        return "custom", Shape(tuple(args.grid), args.heads, args.head_dim, args.text, args.batch)
+    name = args.shape or ("cpu-10k" if args.device.type == "cpu" else "hunyuan-768p")
+    return name, SHAPES[name]
+
+
+def _rows(args: argparse.Namespace, case: Case, methods: list[Method]) -> Iterator[Row]:
+    """Measure everything; the rival last, as a kernel that fails can leave the device unusable."""
+    backends = args.backend or [backend for backend in kernels.BACKENDS if backend != "reference"]
+    yield from run_dense(case)
+    for sparsity in args.sparsity:
+        for method in methods:
+            yield from run_draft(case, sparsity, method, backends)
+        if args.paper:
+            yield run_paper(case, sparsity)
+    if args.device.type == "cuda":
+        for sparsity in args.sparsity:
+            yield from run_rival(case, sparsity)

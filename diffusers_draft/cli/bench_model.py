@@ -18,6 +18,8 @@ from ..tools.bench.predict import densities_to_measure, predict
 from ..tools.bench.run import Bench, Run
 from ..tools.bench.shapes import SHAPES
 from . import CommandError, one_line
+from .option_types import seconds, whole
+from .outputs import check_output, write_output
 from .ranks import Ranks, add_ulysses, together
 
 DEVICE = torch.device("cuda")
@@ -30,8 +32,8 @@ def add_model(parser: argparse.ArgumentParser) -> None:
     _add_options(parser)
     parser.add_argument("--sparsity", type=float, help="mean of the run; default: the library's")
     parser.add_argument("--paper", action="store_true", help="the paper's settings instead of the library's")
-    parser.add_argument("--steps", type=int, default=50, help="steps of the run to predict")
-    parser.add_argument("--seconds", type=float, default=2.0, help="least time to measure each forward")
+    parser.add_argument("--steps", type=whole(1), default=50, help="steps of the run to predict")
+    parser.add_argument("--seconds", type=seconds, default=2.0, help="least time to measure each forward")
     add_ulysses(parser)
     parser.set_defaults(run=run_model)
 
@@ -48,9 +50,9 @@ def add_run(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--paper", action="store_true", help="also run with the paper's settings")
     parser.add_argument("--default", action="store_true", help="also run with the attention that diffusers chooses")
-    parser.add_argument("--steps", type=int, default=10, help="denoising steps of a run")
+    parser.add_argument("--steps", type=whole(1), default=10, help="denoising steps of a run")
     parser.add_argument(
-        "--dense-steps", type=int, metavar="N", help="time only N steps of dense runs, which all cost the same"
+        "--dense-steps", type=whole(1), metavar="N", help="time only N steps of dense runs, which all cost the same"
     )
     parser.set_defaults(run=run_runs)
 
@@ -59,7 +61,7 @@ def _add_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--model", choices=sorted(MODELS), default="hunyuan-13b-768p")
     parser.add_argument("--backend", default=DraftConfig.backend)
     parser.add_argument("--compile", action="store_true", help="compile the repeated blocks")
-    parser.add_argument("--json", type=Path, help="write the results to this file")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="write the results to this file")
 
 
 def run_model(args: argparse.Namespace) -> None:
@@ -68,7 +70,7 @@ def run_model(args: argparse.Namespace) -> None:
     Raises:
         CommandError: if there is no CUDA GPU, or an option is out of range.
     """
-    _check(args, "model", steps=args.steps)
+    _check(args, "model")
     if args.paper:
         config = _paper(args, MODELS[args.model].sparsity if args.sparsity is None else args.sparsity)
     else:
@@ -84,7 +86,7 @@ def run_runs(args: argparse.Namespace) -> None:
         CommandError: if there is no CUDA GPU, or an option is out of range.
     """
     timed = args.steps if args.dense_steps is None else args.dense_steps
-    _check(args, "run", steps=args.steps, dense_steps=timed)
+    _check(args, "run")
     if timed > args.steps:
         raise CommandError(f"--dense-steps must be at most --steps {args.steps}, got {timed}.")
     configs = {f"draft {sparsity:g}": _config(args, sparsity) for sparsity in args.sparsity}
@@ -99,16 +101,20 @@ def run_runs(args: argparse.Namespace) -> None:
     if args.json:
         options = {"compiled": args.compile, "backend": args.backend, "steps": args.steps, "dense_steps": timed}
         record = {"environment": facts, "model": args.model, "options": options, "runs": [asdict(run) for run in runs]}
-        args.json.write_text(json.dumps(record, indent=1) + "\n")
+        _write(args.json, record)
 
 
-def _check(args: argparse.Namespace, what: str, **numbers: int) -> None:
+def _check(args: argparse.Namespace, what: str) -> None:
     """Refuse what cannot work before the work begins."""
-    for name, number in numbers.items():
-        if number < 1:
-            raise CommandError(f"--{name.replace('_', '-')} must be at least 1, got {number}.")
+    if args.json:
+        check_output(args.json)
     if not torch.cuda.is_available():
         raise CommandError(f"bench {what} needs a CUDA GPU: a real transformer's step takes minutes on a CPU.")
+
+
+def _write(path: Path, record: dict[str, Any]) -> None:
+    text = json.dumps(record, indent=1) + "\n"
+    write_output(path, lambda part: part.write_text(text))
 
 
 def _config(args: argparse.Namespace, sparsity: float) -> DraftConfig:
@@ -166,4 +172,4 @@ def _run_model(args: argparse.Namespace, config: DraftConfig, ranks: Ranks) -> N
         options |= {"ulysses": args.ulysses} if args.ulysses > 1 else {}
         record = {"environment": facts, "model": args.model, "options": options, "prediction": prediction}
         record["steps"] = [asdict(step) for step in steps]
-        args.json.write_text(json.dumps(record, indent=1) + "\n")
+        _write(args.json, record)

@@ -9,10 +9,11 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from diffusers_draft.attention.kernels import BACKENDS
 from diffusers_draft.tools.bench.attention import Row
 from diffusers_draft.tools.bench.measure import Time
+from diffusers_draft.tools.bench.pictures import plot
 from diffusers_draft.tools.bench.step import NO_ATTENTION, NOT_DENSE, ONE_GPU
-from diffusers_draft.tools.bench.table import plot
 
 RECORDS = Path(__file__).parent / "bench"
 SWEEP = "hunyuan-768p-sweep"
@@ -103,11 +104,19 @@ def _shape(record: dict[str, Any]) -> list[str]:
         cells.append(f"{dense['time']['median']:.1f} ({dense['name']})")
         for budget in ("head", "row"):
             rows = [row for row in _timed(record) if (row["sparsity"], row["budget"]) == (sparsity, budget)]
-            best = min(rows, key=lambda row: row["time"]["median"])
-            ratio = dense["time"]["median"] / best["time"]["median"]
-            cells.append(f"{best['time']['median']:.1f} ({best['name']}), **{ratio:.2f}x**")
+            cells.append(_fastest(rows, dense["time"]["median"]))
         lines.append(f"| {' | '.join(cells)} |")
     return lines
+
+
+def _fastest(rows: list[dict[str, Any]], dense: float) -> str:
+    """Return the time of the fastest backend, without what the backends are compared with; nothing if none ran."""
+    rows = [row for row in rows if row["name"] in BACKENDS]
+    if not rows:
+        return ""
+    best = min(rows, key=lambda row: row["time"]["median"])
+    time = best["time"]["median"]
+    return f"{time:.1f} ({best['name']}), **{dense / time:.2f}x**"
 
 
 def _gpus(record: dict[str, Any]) -> int:
@@ -170,12 +179,16 @@ def _attention(record: dict[str, Any]) -> str:
         "| | sparsity | density | ms (quartiles) | against the best dense | of ideal | error |",
         "|---|---|---|---|---|---|---|",
     ]
+    compared = any(row.get("dense_error") is not None for row in record["rows"])
+    if compared:
+        lines[-2:] = [f"{lines[-2]} against dense |", f"{lines[-1]}---|"]
     for row in (row for row in record["rows"] if row["time"]):
         time = row["time"]
         names = {
             "dense": "dense, {name}",
             "draft": "draft, {name}, {budget} budget",
             "stage": "{name}, {budget} budget",
+            "rival": "{name}",
         }
         cells = [names[row["kind"]].format(**row)]
         cells.append("" if row["sparsity"] is None else f"{row['sparsity']:g}")
@@ -186,6 +199,8 @@ def _attention(record: dict[str, Any]) -> str:
         else:
             ratio = best / time["median"]
             cells += [f"{ratio:.2f}x", f"{ratio * (row['density'] or 1):.0%}", f"{row['error']:.0e}"]
+        if compared:
+            cells.append("" if row.get("dense_error") is None else f"{row['dense_error']:.1e}")
         lines.append(f"| {' | '.join(cells)} |")
     return "\n".join([*lines, "", _source(record)])
 
@@ -222,7 +237,7 @@ def _model(record: dict[str, Any]) -> str:
 
 def _source(record: dict[str, Any]) -> str:
     facts = record["environment"]
-    packages = ("torch", "triton", "flash-attn-4", "block-sparse-attn", "diffusers")
+    packages = ("torch", "triton", "flash-attn-4", "block-sparse-attn", "comfy-kitchen", "diffusers")
     versions = ", ".join(f"{name} {facts[name]}" for name in packages if name in facts)
     return f"{facts['device']}, {versions}, {facts['date']}: `{facts['command']}`"
 

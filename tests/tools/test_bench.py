@@ -1,10 +1,11 @@
 """The bench command on shapes that take a moment, its refusal to time what is wrong, and README's tables."""
 
-import dataclasses
-import functools
 import json
+import sys
+from collections.abc import Callable
+from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from types import ModuleType
 
 import pytest
 import tables
@@ -13,36 +14,92 @@ from tables import speed_page, speed_section
 from torch import Tensor
 
 from diffusers_draft.attention import kernels
-from diffusers_draft.cli import bench_model, main
+from diffusers_draft.attention.method import Method
+from diffusers_draft.cli import bench, main, outputs
 from diffusers_draft.config import DraftConfig
-from diffusers_draft.tools.bench import models, predict, step
-from diffusers_draft.tools.bench.attention import Case, run_dense, run_draft
-from diffusers_draft.tools.bench.run import Bench
-from diffusers_draft.tools.bench.shapes import SHAPES, Shape, random_inputs, structured_inputs
+from diffusers_draft.tools.bench import step
+from diffusers_draft.tools.bench.attention import Row, run_dense, run_draft
+from diffusers_draft.tools.bench.measure import Time
+from diffusers_draft.tools.bench.pictures import plot, plot_error
+from diffusers_draft.tools.bench.reference import Case, relative_error
+from diffusers_draft.tools.bench.rival import run_rival
+from diffusers_draft.tools.bench.shapes import Shape, random_inputs, structured_inputs
 from diffusers_draft.tools.bench.table import format_table
 
 TINY = ["bench", "attention", "--grid", "3", "13", "17", "--heads", "2", "--head-dim", "32", "--text", "20"]
 SHAPE = Shape((3, 13, 17), 2, 32, text=20)
 
 
+PNG = b"\x89PNG"
+
+
 def a_case(seconds: float = 0.01) -> Case:
     return Case(SHAPE, structured_inputs(SHAPE, torch.device("cpu"), torch.float32), seconds)
 
 
-def test_bench_attention_writes_table_json_and_picture(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    table, picture = tmp_path / "result.json", tmp_path / "result.png"
-    options = ["--sparsity", "0.5", "0.9", "--backend", "torch", "--seconds", "0.01"]
-    main([*TINY, *options, "--json", str(table), "--plot", str(picture)])
+def fails(options: list[str], capsys: pytest.CaptureFixture[str]) -> str:
+    """Run the command, which must end with one line on stderr before it prints anything; return that line."""
+    with pytest.raises(SystemExit) as stop:
+        main([*TINY, *options])
+    assert stop.value.code == 2
+    printed, error = capsys.readouterr()
+    assert printed == "" and error.count("\n") == 1
+    return error
+
+
+def test_bench_attention_writes_table_json_and_pictures(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    table, picture, errors = tmp_path / "result.json", tmp_path / "result.png", tmp_path / "errors.png"
+    options = ["--sparsity", "0.5", "0.9", "--budget", "head", "row", "--backend", "torch", "--seconds", "0.01"]
+    main([*TINY, *options, "--paper", "--json", str(table), "--plot", str(picture), "--plot-error", str(errors)])
     printed = capsys.readouterr().out
-    assert "sparsity 0.9, row budget" in printed and "stage: draft and select" in printed
+    for part in (
+        "sparsity 0.9, row budget",
+        "sparsity 0.9, settings of the paper",
+        "stage: draft and select",
+        "vs dense",
+    ):
+        assert part in printed
     record = json.loads(table.read_text())
+    assert record["tile"] == list(DraftConfig.tile) and record["inputs"] == "structured, smooth-valued"
     drafts = [row for row in record["rows"] if row["kind"] == "draft"]
-    assert {(row["sparsity"], row["budget"]) for row in drafts} == {
-        (s, b) for s in (0.5, 0.9) for b in ("head", "row")
-    }
-    assert all(row["time"]["median"] > 0 and row["error"] < 1e-5 for row in drafts)
+    compared = {("torch", "head"), ("torch", "row"), ("without correction", "head"), ("without correction", "row")}
+    assert sorted((row["sparsity"], row["name"], row["budget"]) for row in drafts) == sorted(
+        (sparsity, *names) for sparsity in (0.5, 0.9) for names in compared | {("paper", "head")}
+    )
+    assert all(row["time"]["median"] > 0 and row["error"] < 1e-5 < row["dense_error"] < 2 for row in drafts)
+    assert all(row["dense_error"] is None for row in record["rows"] if row["kind"] in ("dense", "stage"))
     assert torch.__version__.startswith(record["environment"]["torch"])
-    assert picture.read_bytes().startswith(b"\x89PNG")
+    assert picture.read_bytes().startswith(PNG) and errors.read_bytes().startswith(PNG)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["errors.png", "result.json", "result.png"]
+
+
+def test_the_library_s_defaults_are_measured(tmp_path: Path) -> None:
+    table = tmp_path / "result.json"
+    main([*TINY, "--sparsity", "0.5", "--backend", "torch", "--seconds", "0.01", "--json", str(table)])
+    record = json.loads(table.read_text())
+    drafts = [(row["name"], row["budget"]) for row in record["rows"] if row["kind"] == "draft"]
+    assert drafts == [("torch", DraftConfig.budget), ("without correction", DraftConfig.budget)]
+    stages = [row["name"] for row in record["rows"] if row["kind"] == "stage"]
+    names = ["order", "draft and select", "kernel (torch)", "correct", "restore"]
+    assert stages == [f"stage: {name}" for name in names]
+
+
+def test_tiles_are_given_as_elsewhere(tmp_path: Path) -> None:
+    table = tmp_path / "result.json"
+    main([*TINY, "--tile", "2x8x8", "--backend", "torch", "--seconds", "0.01", "--json", str(table)])
+    assert json.loads(table.read_text())["tile"] == [2, 8, 8]
+
+
+def test_the_error_against_dense_is_that_of_the_video_rows() -> None:
+    case = a_case()
+    query, key, value = (tensor.transpose(1, 2) for tensor in case.tensors)
+    dense = torch.nn.functional.scaled_dot_product_attention(query, key, value).transpose(1, 2)
+    text_wrong, doubled = dense.clone(), 2 * dense
+    text_wrong[:, SHAPE.video :] = 9
+    assert relative_error(text_wrong, case.dense_video) < 1e-5
+    assert relative_error(doubled, case.dense_video) == pytest.approx(1, abs=1e-5)
+    rows = [row for row in run_draft(case, 0.0, Method(), ["torch"]) if row.kind == "draft"]
+    assert all(row.dense_error is not None and row.dense_error < 1e-5 for row in rows)
 
 
 def test_a_wrong_result_is_not_timed(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -53,20 +110,20 @@ def test_a_wrong_result_is_not_timed(monkeypatch: pytest.MonkeyPatch) -> None:
         return kernels.Choice("torch", "asked for", zeros)
 
     monkeypatch.setattr(kernels, "choose", choose)
-    draft = next(iter(run_draft(a_case(), 0.5, "head", (8, 16), ["torch"])))
+    draft = next(iter(run_draft(a_case(), 0.5, Method(), ["torch"])))
     assert draft.time is None and draft.note == "wrong numbers, not timed"
     assert "wrong numbers, not timed" in format_table([draft], SHAPE)
 
 
 def test_a_backend_that_cannot_run_says_why() -> None:
-    draft = next(iter(run_draft(a_case(), 0.5, "head", (8, 16), ["fa4"])))
+    draft = next(iter(run_draft(a_case(), 0.5, Method(), ["fa4"])))
     assert draft.time is None and "fa4" in draft.note
 
 
 def test_dense_rows_are_right() -> None:
     rows = list(run_dense(a_case()))
     assert [row.name for row in rows] == ["diffusers default", "sdpa"]
-    assert all(row.time and row.error < 1e-5 for row in rows)
+    assert all(row.time and row.error is not None and row.error < 1e-5 for row in rows)
 
 
 @pytest.mark.parametrize("inputs", [random_inputs, structured_inputs])
@@ -78,154 +135,191 @@ def test_inputs_have_the_shape_and_come_from_the_seed(inputs) -> None:
         assert torch.equal(a, b) and not torch.equal(a, c)
 
 
+def test_values_are_smooth_and_a_field_of_their_own() -> None:
+    shape = Shape((8, 20, 20), 2, 64, text=64)
+    query, key, value = structured_inputs(shape, torch.device("cpu"), torch.float32)
+
+    def likeness(a: Tensor, b: Tensor) -> float:
+        return float(torch.cosine_similarity(a, b, dim=-1).mean())
+
+    video = value[:, : shape.video]
+    assert likeness(video[:, 1:], video[:, :-1]) > 0.5  # neighbours in a row
+    assert abs(likeness(video, query[:, : shape.video])) < 0.1 < 0.5 < likeness(query[:, :100], key[:, :100])
+    assert abs(likeness(value[:, shape.video + 1 :], value[:, shape.video : -1])) < 0.1
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [
         (["--sparsity", "1"], "sparsity must be in"),
         (["--backend", "nonsense"], "Unknown backend"),
-        (["--tile", "3", "5"], "tile must be"),
+        (["--tile", "3x5"], "tile must be"),
+        (["--tile", "2,8,8"], "as in 2x8x8"),
         (["--grid", "0", "8", "8"], "grid must be"),
+        (["--heads", "0"], "--heads: must be a whole number from 1 on, got '0'"),
+        (["--head-dim", "0"], "--head-dim: must be"),
+        (["--batch", "0"], "--batch: must be"),
+        (["--text", "-5"], "--text: must be a whole number from 0 on"),
+        (["--text", "some"], "--text: must be"),
+        (["--seconds", "-1"], "--seconds: must be a number of seconds above 0"),
+        (["--seconds", "0"], "--seconds: must be"),
+        (["--seconds", "nan"], "--seconds: must be"),
+        (["--device", "foo"], "--device: 'foo' cannot be used here"),
+        (["--device", "meta"], "--device: 'meta' cannot be used here"),
+        (["--plot", "x.foo"], "Pictures are written as .png"),
+        (["--plot-error", "picture"], "Pictures are written as .png"),
+        (["--plot", "missing/x.png"], "there is no folder missing"),
+        (["--json", "missing/x.json"], "there is no folder missing"),
+        (["--json", "."], "it is not a file"),
+        (["--json", "/dev/full"], "it is not a file"),
     ],
 )
-def test_user_errors_are_one_line(options: list[str], message: str, capsys: pytest.CaptureFixture[str]) -> None:
-    with pytest.raises(SystemExit) as stop:
-        main([*TINY, *options])
-    assert stop.value.code == 2
-    error = capsys.readouterr().err
-    assert message in error and error.count("\n") == 1
+def test_user_errors_are_one_line(options, message, tmp_path, monkeypatch, capsys) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert message in fails(options, capsys)
+    assert not any(tmp_path.iterdir())
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="this machine has a GPU")
-def test_bench_model_needs_a_gpu(capsys: pytest.CaptureFixture[str]) -> None:
-    with pytest.raises(SystemExit):
-        main(["bench", "model"])
-    assert "needs a CUDA GPU" in capsys.readouterr().err
+def test_a_missing_gpu_is_one_line(capsys: pytest.CaptureFixture[str]) -> None:
+    assert "--device: 'cuda' cannot be used here" in fails(["--device", "cuda"], capsys)
 
 
-def a_step(name: str, entry: models.Model, block_ms: float, density: float | None = None) -> step.Step:
-    layers = sum(length for _, _, length in entry.blocks)
-    costs = {path: block_ms for path, _, _ in entry.blocks}
-    return step.Step(name, False, costs, 2.0, block_ms * layers + 2.0, {}, 0.0, density=density)
+def test_a_missing_matplotlib_is_named(tmp_path, monkeypatch, capsys) -> None:
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    assert "matplotlib is not installed" in fails(["--plot", str(tmp_path / "x.png")], capsys)
 
 
-@pytest.mark.parametrize("name", models.MODELS)
-def test_a_predicted_run_adds_up(name: str) -> None:
-    """Of blocks that take 1 ms and 10 more at density 1, against 8 ms dense; and with the paper's dense parts."""
-    entry = models.MODELS[name]
-    assert entry.shape in SHAPES
-    layers = sum(length for _, _, length in entry.blocks)
-    config = DraftConfig(sparsity=0.8)
-    densities = predict.densities_to_measure(name, config, 50)
-    assert densities[-1] == pytest.approx(0.2) and densities[0] < 0.06 and densities[1] > 0.5
-    others = [a_step("dense", entry, 8.0), a_step(step.NO_ATTENTION, entry, 0.5)]
-    drafts = [a_step("draft", entry, 1 + 10 * density, density) for density in densities]
-    found = predict.predict(name, config, [*others, *drafts], 50)
-    assert found["dense_steps"] == 0 and found["sparse_step_ms"] == pytest.approx(3 * layers + 2)
-    assert found["draft_s"] == pytest.approx(50 * entry.forwards * (3 * layers + 2) / 1e3)
-    assert found["dense_s"] == pytest.approx(50 * entry.forwards * (8 * layers + 2) / 1e3)
+def test_a_full_disk_is_found_before_the_work_and_takes_nothing(tmp_path, monkeypatch, capsys) -> None:
+    def full(path: Path, content: bytes) -> None:
+        path.touch()
+        raise OSError(28, "No space left on device")
 
-    paper = predict.predict(name, DraftConfig.paper(0.9), [*others, a_step("draft", entry, 2.0, 0.1)], 50)
-    sparse = 2 * layers + 2 + 6.0 * (2 if "hunyuan" in name else 1)  # the family's dense layers
-    assert paper["sparse_step_ms"] == pytest.approx(sparse)
-    steps = paper["dense_steps"]
-    assert 0 < steps < 25
-    expected = (steps * (8 * layers + 2) + (50 - steps) * sparse) * entry.forwards / 1e3
-    assert paper["draft_s"] == pytest.approx(expected)
+    before = tmp_path / "x.json"
+    before.write_text("before")
+    monkeypatch.setattr(Path, "write_bytes", full)
+    assert "x.json cannot be written: No space left on device" in fails(["--json", str(before)], capsys)
+    assert before.read_text() == "before" and list(tmp_path.iterdir()) == [before]
 
 
-@pytest.mark.parametrize("name", ["wan-14b-768p"])  # without text, whose blocks are always computed
-def test_densities_of_a_run_are_those_that_it_has(name: str, tiny_model: str) -> None:
-    config = DraftConfig(sparsity=0.6, tile=(2, 2, 4))
-    bench = Bench(tiny_model, compiled=False, device=torch.device("cpu"))
-    run = bench.draft("draft 0.6", config, 4)
-    asked = predict.densities_of_run(tiny_model, config, 4)
-    forwards = models.MODELS[tiny_model].forwards
-    assert run.densities is not None and len(run.densities) == 4 * forwards
-    assert run.densities[::forwards] == pytest.approx(asked, abs=0.05)
-    assert run.steps == len(run.step_s) == 4 and run.seconds == pytest.approx(sum(run.step_s))
+@pytest.mark.parametrize("before", [None, "before"])
+def test_a_run_that_fails_leaves_files_as_they_were(before, tmp_path, monkeypatch) -> None:
+    table = tmp_path / "x.json"
+    if before is not None:
+        table.write_text(before)
+
+    def interrupted(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(bench, "run_dense", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        main([*TINY, "--json", str(table)])
+    assert (table.read_text() if table.exists() else None) == before
+    assert len(list(tmp_path.iterdir())) == (before is not None)
 
 
-@pytest.fixture
-def tiny_model(name: str, monkeypatch: pytest.MonkeyPatch) -> str:
-    """A benchmark's model with small blocks and a small grid."""
-    entry = models.MODELS[name]
-    shape = dataclasses.replace(SHAPES[entry.shape], grid=(3, 8, 8), text=SHAPES[entry.shape].text and 20)
-    monkeypatch.setitem(SHAPES, "tiny", shape)
-    small: dict[str, Any] = dict(num_attention_heads=2, attention_head_dim=32)
-    small |= dict(rope_axes_dim=(8, 12, 12)) if "hunyuan" in name else dict(ffn_dim=64)
-    small |= dict(in_channels=48, out_channels=48) if "5b" in name else {}
-    tiny = dataclasses.replace(
-        entry,
-        shape="tiny",
-        build=functools.partial(models._hunyuan if "hunyuan" in name else models._wan, **small),
-        blocks=tuple((path, key, 3) for path, key, _ in entry.blocks),
-    )
-    monkeypatch.setitem(models.MODELS, "tiny", tiny)
-    monkeypatch.setattr(step, "BLOCKS", 2)
-    return "tiny"
+def test_a_link_stays_a_link(tmp_path: Path) -> None:
+    target, link = tmp_path / "target.txt", tmp_path / "link.txt"
+    target.write_text("before")
+    link.symlink_to(target)
+    outputs.check_output(link)
+    outputs.write_output(link, lambda path: path.write_text("after"))
+    assert link.is_symlink() and target.read_text() == "after"
 
 
-@pytest.mark.parametrize("name", ["hunyuan-13b-768p", "wan-14b-768p", "wan-5b-704p"])
-def test_whole_runs_dense_and_draft(name: str, tiny_model: str, tmp_path: Path, monkeypatch, capsys) -> None:
-    monkeypatch.setattr(bench_model, "_check", lambda *_, **__: None)
-    monkeypatch.setattr(bench_model, "DEVICE", torch.device("cpu"))
-    monkeypatch.setattr(bench_model, "SECONDS", 0.01)
-    record = tmp_path / "run.json"
-    options = ["--sparsity", "0.5", "0.8", "--paper", "--default", "--steps", "5", "--dense-steps", "2"]
-    main(["bench", "run", "--model", tiny_model, *options, "--json", str(record)])
-    found = json.loads(record.read_text())
-    names = ["dense sdpa", "diffusers default", "draft 0.5", "draft 0.8", "paper"]
-    assert [run["name"] for run in found["runs"]] == names
-    for run in found["runs"]:
-        dense = run["config"] is None
-        assert run["steps"] == 5 and len(run["step_s"]) == (2 if dense else 5) and run["seconds"] > 0
-        assert (run["densities"] is None) == dense
-        assert (run["predicted_s"] is None) == (run["name"] == "diffusers default")
-    assert found["runs"][2]["config"]["sparsity"] == 0.5 and found["runs"][4]["config"]["schedule"] == "paper"
-    printed = capsys.readouterr()
-    assert "draft 0.8" in printed.out and "predicted" in printed.out
-    assert "draft 0.8" in printed.err  # the progress bar
+RIVAL_SHAPE = Shape((3, 13, 17), 2, 128, text=20)
 
 
-@pytest.mark.parametrize("name", ["wan-14b-768p"])
-def test_a_run_that_ends_without_numbers_is_refused(name: str, tiny_model: str) -> None:
-    bench = Bench(tiny_model, compiled=False, device=torch.device("cpu"))
-    bench.transformer.proj_out.weight.fill_(float("nan"))
-    with pytest.raises(RuntimeError, match="not finite"):
-        bench.dense(None, 2, 2)
+def rival_case() -> Case:
+    return Case(RIVAL_SHAPE, structured_inputs(RIVAL_SHAPE, torch.device("cpu"), torch.bfloat16), 0.01)
 
 
-@pytest.mark.parametrize("name", ["hunyuan-13b-768p", "wan-14b-768p"])
-def test_one_step_dense_and_draft(name: str, tiny_model: str, tmp_path: Path, monkeypatch, capsys) -> None:
-    monkeypatch.setattr(bench_model, "_check", lambda *_, **__: None)
-    monkeypatch.setattr(bench_model, "DEVICE", torch.device("cpu"))
-    record = tmp_path / "model.json"
-    main(["bench", "model", "--model", tiny_model, "--steps", "6", "--seconds", "0.01", "--json", str(record)])
-    found = json.loads(record.read_text())
-    names = [entry["name"] for entry in found["steps"]]
-    assert names[:3] == ["diffusers default", "no attention", "dense sdpa"] and names[-1] == "draft, density 0.2"
-    assert len(names) == 6 and found["options"]["config"]["schedule"] == "falling"
-    assert found["prediction"]["steps"] == 6 and "of them dense" in capsys.readouterr().out
+def install_rival(monkeypatch: pytest.MonkeyPatch, attend: Callable[..., Tensor]) -> None:
+    package = ModuleType("comfy_kitchen")
+    vars(package).update(sol_attn=attend, sol_attn_is_available=lambda device: True)
+    monkeypatch.setitem(sys.modules, "comfy_kitchen", package)
 
 
+def test_the_rival_is_absent_where_it_is_not_installed(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "comfy_kitchen", None)
+    assert run_rival(rival_case(), 0.5) == []
+
+
+def test_a_rival_that_fails_says_why(monkeypatch: pytest.MonkeyPatch) -> None:
+    def broken(*_: object, **__: object) -> Tensor:
+        raise TypeError("unexpected keyword\nand more")
+
+    install_rival(monkeypatch, broken)
+    (row,) = run_rival(rival_case(), 0.5)
+    assert (row.kind, row.time, row.note) == ("rival", None, "unexpected keyword")
+    assert "unexpected keyword" in format_table([row], SHAPE)
+
+
+def test_a_rival_that_cannot_take_the_tensors_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
+    install_rival(monkeypatch, lambda *tensors, **_: tensors[2])
+    (row,) = run_rival(a_case(), 0.5)
+    assert row.time is None and "takes bfloat16 or float16 and heads of 128" in row.note
+
+
+def test_a_rival_with_wrong_numbers_is_not_timed(monkeypatch: pytest.MonkeyPatch) -> None:
+    install_rival(monkeypatch, lambda *tensors, **_: torch.zeros_like(tensors[0]))
+    (row,) = run_rival(rival_case(), 0.5)
+    assert row.time is None and row.note.startswith("wrong numbers")
+
+
+def test_the_rival_gets_block_order_and_its_answer_comes_back_in_the_models(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A stand-in with the signature of comfy-kitchen 0.2.40 that attends to all, or skips the first block of keys."""
+    asked = []
+
+    def stand_in(
+        q, k, v, tau=1.0, scale=None, sink_blocks=None, sink_q=None, key_bias=None, topk_ratio=0.0, tail=True,
+        block_len=None, coarse_gate=None, token_aug=0,
+    ):  # fmt: skip
+        asked.append((sink_blocks, sink_q, topk_ratio))
+        first = 64 if topk_ratio else 0
+        q, k, v = (tensor.transpose(1, 2) for tensor in (q, k[:, first:], v[:, first:]))
+        return torch.nn.functional.scaled_dot_product_attention(q, k, v, scale=scale).transpose(1, 2).contiguous()
+
+    install_rival(monkeypatch, stand_in)
+    (row,) = run_rival(rival_case(), 0.75)
+    assert row.time and row.error is not None and row.error < 1e-2 < row.dense_error
+    text = [663 // 64, -(-683 // 64)]
+    assert asked[0] == (text, [0, 11], 0.0) and asked[1] == (text, text, 0.25)
+    assert row.density == pytest.approx((10 * (2 + 1) + 1 * 11) / 121)  # round(0.25 * 10) = 2 of the video blocks
+
+
+def fake_rows(dense_error: float | None = 0.1) -> list[Row]:
+    time = Time(2.0, 1.0, 3.0, 3)
+    sparse = [
+        Row(name, kind, sparsity, budget, time, density, 1e-3, "", dense_error)
+        for sparsity, density in ((0.9, 0.11), (0.5, 0.51))
+        for name, kind, budget in (("fa4", "draft", "row"), ("paper", "draft", "head"), ("other", "rival", None))
+    ]
+    return [Row("sdpa", "dense", time=time, error=1e-3), *sparse]
+
+
+@pytest.mark.parametrize("draw", [plot, plot_error])
 @pytest.mark.parametrize(
-    ("options", "message"),
-    [
-        (["model", "--steps", "0"], "--steps must be at least 1, got 0"),
-        (["run", "--steps", "-3"], "--steps must be at least 1, got -3"),
-        (["run", "--dense-steps", "0"], "--dense-steps must be at least 1, got 0"),
-        (["run", "--steps", "4", "--dense-steps", "5"], "--dense-steps must be at most --steps 4, got 5"),
-        (["run", "--sparsity", "1.5"], "sparsity must be"),
-        (["model", "--backend", "nonsense"], "Unknown backend"),
-    ],
+    "rows", [fake_rows(), fake_rows(None), fake_rows()[:1], [Row("fa4", "draft", 0.5, "row")], []]
 )
-def test_bad_options_of_models_are_one_line(options, message, monkeypatch, capsys) -> None:
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    with pytest.raises(SystemExit) as stop:
-        main(["bench", *options])
-    assert stop.value.code == 2
-    error = capsys.readouterr().err
-    assert message in error and error.count("\n") == 1
+def test_pictures_are_drawn_from_whatever_was_measured(draw, rows, tmp_path: Path) -> None:
+    picture = tmp_path / "picture.png"
+    draw(rows, picture, "title")
+    assert picture.read_bytes().startswith(PNG)
+
+
+def test_the_ideal_line_has_one_time_for_each_sparsity(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from matplotlib import pyplot
+    from matplotlib.figure import Figure
+
+    closed: list[Figure] = []
+    monkeypatch.setattr(pyplot, "close", closed.append)
+    rows = [*fake_rows(), Row("fa4", "draft", 0.9, "head", Time(3.0, 3.0, 3.0, 3), 0.2, 1e-3)]
+    plot(rows, tmp_path / "picture.png", "title")
+    lines = {line.get_label(): line for line in closed[0].axes[0].lines}
+    ideal = lines["ideal: dense x density"]
+    assert ideal.get_xdata().tolist() == [0.5, 0.9]
+    assert ideal.get_ydata().tolist() == pytest.approx([1.02, 0.22])
 
 
 def test_readme_and_the_page_show_the_recorded_results() -> None:
@@ -248,6 +342,16 @@ def test_several_gpus_have_a_table_of_their_own(monkeypatch: pytest.MonkeyPatch)
     assert "compiled, on 2 GPUs, summed" in page
     assert "one GPU takes 5000 ms: 2 are 2.00x as fast; exchanges alone would take 7% of their time." in page
     assert f"| {step.ONE_GPU} |" not in page
+
+
+def test_records_of_the_defaults_and_of_a_rival_have_tables(monkeypatch: pytest.MonkeyPatch) -> None:
+    record = tables._records()["hunyuan-768p"] | {"rows": [asdict(row) for row in fake_rows()]}
+    record["rows"].append(asdict(Row("without correction", "draft", 0.9, "row", Time(1.0, 1.0, 1.0, 3), 0.1, 0.0)))
+    monkeypatch.setattr(tables, "_records", lambda: {"new": record})
+    assert "| 0.9 | 2.0 (sdpa) |  | 2.0 (fa4), **1.00x** |" in speed_section()
+    page = speed_page()
+    assert "| of ideal | error | against dense |\n|---|---|---|---|---|---|---|---|\n" in page
+    assert "| other | 0.9 | 0.110 | 2.00 (1.00 to 3.00) | 1.00x | 11% | 1e-03 | 1.0e-01 |" in page
 
 
 def test_the_script_prints_the_page_and_draws_the_sweep(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

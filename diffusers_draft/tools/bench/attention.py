@@ -2,7 +2,7 @@
 
 import contextlib
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -13,13 +13,18 @@ from torch.nn.functional import scaled_dot_product_attention
 from ...attention import draft_attention
 from ...attention.block_mask import BlockMask
 from ...attention.call import Call
-from ...attention.layout import Tile
-from ...attention.method import Budget, Method
+from ...attention.correct import Correction
+from ...attention.method import NAMES, Method
+from ...config import DraftConfig
 from .measure import Time, measure
-from .shapes import Shape
+from .reference import Case, Expected, relative_error, sparse_blocks
 
 TOLERANCE = {torch.float32: 1e-4, torch.float16: 5e-3, torch.bfloat16: 2e-2}
 """Largest relative error, against reference rows, at which a result is timed, by dtype."""
+
+UNCORRECTED = "without correction"
+PAPER = "paper"
+"""Names of the rows that the backends' rows are compared with."""
 
 
 @dataclass(frozen=True)
@@ -28,13 +33,14 @@ class Row:
 
     Attributes:
         name: what was run.
-        kind: `"dense"`, `"draft"` (the whole operator) or `"stage"`.
+        kind: `"dense"`, `"draft"` (the whole operator), `"stage"` or `"rival"` (another whole operator).
         sparsity: the requested sparsity; None for dense.
-        budget: `"head"` or `"row"`; None for dense.
+        budget: `"head"` or `"row"`; None for what has none.
         time: the measured time; None if the call failed or its result was wrong.
         density: computed share of the block pairs.
         error: relative error against reference rows, on sampled query blocks.
         note: why there is no time.
+        dense_error: relative error against dense attention, on sampled video rows: what the sparsity costs.
     """
 
     name: str
@@ -45,44 +51,46 @@ class Row:
     density: float | None = None
     error: float | None = None
     note: str = ""
+    dense_error: float | None = None
 
 
 @dataclass(frozen=True)
-class Case:
-    """Query, key and value of one shape, `(B, S, H, D)` each, and the least time to measure, in seconds."""
+class _Sparse:
+    """A sparse call that ran once, step by step."""
 
-    shape: Shape
-    tensors: tuple[Tensor, ...]
-    seconds: float
+    method: Method
+    sparsity: float
+    call: Call
+    mask: BlockMask
+    out: Tensor
+    correction: Correction | None
 
     @property
-    def scale(self) -> float:
-        return self.shape.head_dim**-0.5
+    def facts(self) -> dict[str, Any]:
+        """What all rows of the call have in common."""
+        return {"sparsity": self.sparsity, "budget": self.method.budget, "density": float(self.mask.density())}
 
 
 def run_dense(case: Case) -> Iterator[Row]:
     """Time diffusers' default dense attention and every dense kernel that is available here."""
     for name, call in _dense_calls(case).items():
-        yield _checked_row(name, "dense", case, call, _dense_rows(case))
+        yield _checked_row(name, "dense", case, call, case.dense_blocks)
 
 
-def run_draft(case: Case, sparsity: float, budget: Budget, tile: Tile, backends: list[str]) -> Iterator[Row]:
-    """Time the whole operator with each backend, and each stage with the backend that `auto` chooses."""
-    query, key, value = case.tensors
-    state = _stages(case, sparsity, budget, tile)
-    mask: BlockMask = state["mask"]
-    expected = _sparse_rows(case, state)
-    facts: dict[str, Any] = {"sparsity": sparsity, "budget": budget, "density": float(mask.density())}
+def run_draft(case: Case, sparsity: float, method: Method, backends: list[str]) -> Iterator[Row]:
+    """Time the operator with each backend; with the method's own also without correction and step by step."""
+    sparse = _run_once(case, sparsity, method)
     for backend in backends:
+        yield _draft_row(backend, case, sparse, replace(method, backend=backend))
+    yield _draft_row(UNCORRECTED, case, replace(sparse, correction=None), replace(method, probes=0))
+    for name, call in _stages(case, sparse).items():
+        yield Row(f"stage: {name}", "stage", time=measure(call, case.seconds), **sparse.facts)
 
-        def call(backend: str = backend) -> Tensor:
-            return draft_attention(
-                query, key, value, case.shape.grid, sparsity=sparsity, budget=budget, tile=tile, backend=backend
-            )
 
-        yield _checked_row(backend, "draft", case, call, expected, **facts)
-    for name, call in state["calls"].items():
-        yield Row(f"stage: {name}", "stage", time=measure(call, case.seconds), **facts)
+def run_paper(case: Case, sparsity: float) -> Row:
+    """Time the whole operator with the settings of the paper's code and the backend that `auto` chooses."""
+    method = DraftConfig.paper(sparsity).method
+    return _draft_row(PAPER, case, _run_once(case, sparsity, method), method)
 
 
 def _dense_calls(case: Case) -> dict[str, Callable[[], Tensor]]:
@@ -118,69 +126,42 @@ def _dense_calls(case: Case) -> dict[str, Callable[[], Tensor]]:
     return calls
 
 
-def _stages(case: Case, sparsity: float, budget: Budget, tile: Tile) -> dict[str, Any]:
-    """Run the operator once, stage by stage; return its mask and layout, and a call for each stage."""
-    query, key, value = case.tensors
-    geometry = torch.tensor([*case.shape.grid, 0])
-    method = Method(budget=budget, tile=tile)
-
-    def order() -> Call:
-        return Call.order(query, key, value, geometry, None, method)
-
-    call = order()
+def _run_once(case: Case, sparsity: float, method: Method) -> _Sparse:
+    call = _order(case, method)
     mask = call.select(sparsity)
     out = call.attend(mask)
-    correction = call.correct(out) if call.skips_pairs(sparsity) else None
-    calls = {
-        "order": order,
-        "draft and select": lambda: call.select(sparsity),
-        f"kernel ({call.kernel.name})": lambda: call.attend(mask),
-        "correct": lambda: call.correct(out),
-        "restore": lambda: call.restore(out, correction),
-    }
-    return {"mask": mask, "layout": call.layout, "correction": correction, "calls": calls}
+    correction = call.correct(out) if method.probes and call.skips_pairs(sparsity) else None
+    return _Sparse(method, sparsity, call, mask, out, correction)
 
 
-Expected = list[tuple[tuple[Any, ...], Tensor]]
-"""Indices into a `(B, S, H, D)` result and the float32 values expected there, computed in float64."""
-
-
-def _sampled_rows(case: Case, num_blocks: int) -> Iterator[tuple[int, int, int]]:
-    """Sample (batch index, head, query block): the first block, the last one and six random ones."""
-    generator = torch.Generator().manual_seed(0)
-    for row in [0, num_blocks - 1, *torch.randint(num_blocks, (6,), generator=generator).tolist()]:
-        yield case.shape.batch - 1, int(torch.randint(case.shape.heads, (1,), generator=generator)), row
-
-
-def _dense_rows(case: Case, block: int = 128) -> Expected:
-    """Compute dense attention of sampled query blocks."""
-    return [
-        (where, _attend_row(case, where, slice(None)))
-        for sample, head, row in _sampled_rows(case, -(-case.shape.seq_len // block))
-        for where in [(sample, slice(row * block, (row + 1) * block), head)]
-    ]
-
-
-def _sparse_rows(case: Case, state: dict[str, Any]) -> Expected:
-    """Compute attention of sampled query blocks to the keys that the mask keeps, and correct it."""
-    mask, order, correction = state["mask"], state["layout"].order, state["correction"]
-    expected = []
-    for sample, head, row in _sampled_rows(case, mask.kv_num_blocks.shape[-1]):
-        kept = mask.kv_indices[sample, head, row, : mask.kv_num_blocks[sample, head, row]].long()
-        keys = (kept[:, None] * mask.block + torch.arange(mask.block, device=kept.device)).flatten()
-        where = (sample, order[row * mask.block : (row + 1) * mask.block], head)
-        rows = _attend_row(case, where, order[keys[keys < mask.seq_len]])
-        if correction is not None and row < mask.num_video_blocks:
-            rows = rows + rows @ correction.matrix[sample, head] + correction.offset[sample, head]
-        expected.append((where, rows))
-    return expected
-
-
-def _attend_row(case: Case, where: tuple[Any, ...], keys: Any) -> Tensor:
+def _order(case: Case, method: Method) -> Call:
     query, key, value = case.tensors
-    sample, _, head = where
-    scores = query[where].double() @ key[sample, keys, head].double().T * case.scale
-    return (torch.softmax(scores, dim=-1) @ value[sample, keys, head].double()).float()
+    return Call.order(query, key, value, torch.tensor([*case.shape.grid, 0]), None, method)
+
+
+def _stages(case: Case, sparse: _Sparse) -> dict[str, Callable[[], object]]:
+    """Make a call for each step of the operator."""
+    call, mask, out, correction = sparse.call, sparse.mask, sparse.out, sparse.correction
+    calls: dict[str, Callable[[], object]] = {
+        "order": lambda: _order(case, sparse.method),
+        "draft and select": lambda: call.select(sparse.sparsity),
+        f"kernel ({call.kernel.name})": lambda: call.attend(mask),
+    }
+    if correction is not None:
+        calls["correct"] = lambda: call.correct(out)
+    return calls | {"restore": lambda: call.restore(out, correction)}
+
+
+def _draft_row(name: str, case: Case, sparse: _Sparse, method: Method) -> Row:
+    """Time the whole operator with a method that chooses the same blocks as the one that ran once."""
+    query, key, value = case.tensors
+    settings: dict[str, Any] = {setting: getattr(method, setting) for setting in NAMES}
+
+    def call() -> Tensor:
+        return draft_attention(query, key, value, case.shape.grid, sparsity=sparse.sparsity, **settings)
+
+    expected = sparse_blocks(case, sparse.call.layout, sparse.mask, sparse.correction)
+    return _checked_row(name, "draft", case, call, expected, **sparse.facts)
 
 
 def _checked_row(
@@ -191,9 +172,10 @@ def _checked_row(
         out = call()
     except (ImportError, RuntimeError, ValueError) as failure:
         return Row(name, kind, note=str(failure).split("\n")[0], **facts)
-    difference = sum(float((out[where].float() - rows).square().sum()) for where, rows in expected)
-    error = (difference / sum(float(rows.square().sum()) for _, rows in expected)) ** 0.5
+    error = relative_error(out, expected)
+    dense_error = None if kind == "dense" else relative_error(out, case.dense_video)
     del out
+    row = Row(name, kind, error=error, dense_error=dense_error, **facts)
     if not error <= TOLERANCE[case.tensors[0].dtype]:
-        return Row(name, kind, error=error, note="wrong numbers, not timed", **facts)
-    return Row(name, kind, time=measure(call, case.seconds), error=error, **facts)
+        return replace(row, note="wrong numbers, not timed")
+    return replace(row, time=measure(call, case.seconds))

@@ -12,6 +12,17 @@ import torch
 import torch.distributed as dist
 from torch.utils.benchmark import Timer
 
+PACKAGES = (
+    "diffusers-draft",
+    "diffusers",
+    "torch",
+    "triton",
+    "flash-attn-4",
+    "block-sparse-attn",
+    "comfy-kitchen",
+)
+"""Whose versions a record has, where they are installed."""
+
 
 @dataclass(frozen=True)
 class Time:
@@ -51,7 +62,7 @@ def measure(call: Callable[[], object], seconds: float = 1.0) -> Time:
 def environment(device: torch.device) -> dict[str, str]:
     """Collect device, versions, date and command for the record of a measurement."""
     versions = {}
-    for package in ("diffusers-draft", "diffusers", "torch", "triton", "flash-attn-4", "block-sparse-attn"):
+    for package in PACKAGES:
         try:
             versions[package] = importlib.metadata.version(package)
         except importlib.metadata.PackageNotFoundError:

@@ -53,22 +53,29 @@ def random_inputs(shape: Shape, device: torch.device, dtype: torch.dtype, seed: 
 
 
 def structured_inputs(shape: Shape, device: torch.device, dtype: torch.dtype, seed: int = 0) -> tuple[Tensor, ...]:
-    """Draw query and key as one smooth field over space and time plus noise, so that the draft map has peaks."""
+    """Draw query, key and value as smooth fields over space and time plus noise, as real models have them.
+
+    Query and key share a field, so that the draft map has peaks; value has its own. White noise as value would average
+    to nothing over the skipped keys, so that neither an error against dense attention nor its correction meant
+    anything. Queries and keys are as long as gives errors like those of trained models. Text is noise.
+    """
     generator = torch.Generator(device).manual_seed(seed)
 
     def noise(*size: int) -> Tensor:
         return torch.randn(size, device=device, generator=generator)
 
-    width = shape.heads * shape.head_dim
-    coarse = [max(2, size // step) for size, step in zip(shape.grid, (4, 5, 5), strict=True)]
-    field = noise(shape.batch, width, *coarse)
-    field = interpolate(field, size=shape.grid, mode="trilinear", align_corners=True)
-    field = field.flatten(2).transpose(1, 2).unflatten(2, (shape.heads, shape.head_dim))
-    field = field / field.std(dim=-1, keepdim=True)
-    inputs = []
-    for _ in ("query", "key"):
+    def smooth() -> Tensor:
+        coarse = [max(2, size // step) for size, step in zip(shape.grid, (4, 5, 5), strict=True)]
+        field = noise(shape.batch, shape.heads * shape.head_dim, *coarse)
+        field = interpolate(field, size=shape.grid, mode="trilinear", align_corners=True)
+        field = field.flatten(2).transpose(1, 2).unflatten(2, (shape.heads, shape.head_dim))
+        return field / field.std(dim=-1, keepdim=True)
+
+    def around(field: Tensor) -> Tensor:
         video = field + 0.6 * noise(*field.shape)
         text = noise(shape.batch, shape.text, shape.heads, shape.head_dim)
-        inputs.append((1.35 * torch.cat([video, text], dim=1)).to(dtype))
-    inputs.append(noise(*inputs[0].shape).to(dtype))
-    return tuple(inputs)
+        return torch.cat([video, text], dim=1)
+
+    field = smooth()
+    query, key = ((0.8 * around(field)).to(dtype) for _ in range(2))
+    return query, key, around(smooth()).to(dtype)

@@ -1,0 +1,69 @@
+"""Files that a command writes at its end: checked before the work starts, and complete or as they were."""
+
+from collections.abc import Callable
+from pathlib import Path
+
+from . import CommandError
+from .model_options import check_packages
+
+TRIAL = bytes(1 << 20)
+"""Written and removed again, to find a full disk. More than any record or picture has."""
+
+
+def check_output(path: Path) -> None:
+    """Check that a file can be written later. Nothing is left behind, and what is there already stays.
+
+    Raises:
+        CommandError: for a missing folder, a path that is no file, one that is not writable, or a full disk.
+    """
+    if not path.parent.is_dir():
+        raise CommandError(f"{path} cannot be written: there is no folder {path.parent}")
+    if path.exists() and not path.is_file():
+        raise CommandError(f"{path} cannot be written: it is not a file")
+    if path.exists():
+        _try(path, lambda: path.open("ab").close())
+    write_output(path, lambda part: part.write_bytes(TRIAL), keep=False)
+
+
+def check_picture(path: Path, formats: tuple[str, ...]) -> None:
+    """Check that a picture can be drawn and written later, as `check_output`.
+
+    Raises:
+        CommandError: also for an ending that is not among the formats, or without matplotlib.
+    """
+    if path.suffix.lower() not in formats:
+        raise CommandError(f"Pictures are written as {', '.join(formats)}, got {path.name!r}")
+    check_packages("demo", "matplotlib")
+    check_output(path)
+
+
+def write_output(path: Path, write: Callable[[Path], object], *, keep: bool = True) -> None:
+    """Write a file beside its place and then move it there.
+
+    Args:
+        path: its place.
+        write: writes to the path that it gets.
+        keep: False removes the file instead of moving it.
+
+    Raises:
+        CommandError: if it cannot be written; what was at its place stays.
+    """
+    place = path.resolve()  # a link stays one
+    part = place.with_name(f".{place.stem}.part{place.suffix}")
+
+    def through_part() -> None:
+        try:
+            write(part)
+            if keep:
+                part.replace(place)
+        finally:
+            part.unlink(missing_ok=True)
+
+    _try(path, through_part)
+
+
+def _try(path: Path, action: Callable[[], None]) -> None:
+    try:
+        action()
+    except OSError as error:
+        raise CommandError(f"{path} cannot be written: {error.strerror or error}") from error
