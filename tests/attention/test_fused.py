@@ -9,7 +9,10 @@ from torch import Tensor
 pytest.importorskip("triton")
 
 from diffusers_draft.attention import ops
+from diffusers_draft.attention.block_mask import BlockMask
 from diffusers_draft.attention.correct import Correction
+from diffusers_draft.attention.draft import draft_map
+from diffusers_draft.attention.draft import value as value_score
 from diffusers_draft.attention.kernels import probe, reference
 from diffusers_draft.attention.kernels import triton_lists as triton_kernel
 from diffusers_draft.attention.layout import TokenLayout, token_layout
@@ -19,6 +22,8 @@ from diffusers_draft.attention.steps.fused_exact import exact_parts, merged
 from diffusers_draft.attention.steps.fused_fit import MOST_PROBES
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+ROUNDING = 0.01 if DEVICE.type == "cuda" else 2e-3
+"""Relative, of scores: products are in TF32 on a GPU, and those of values in float16 everywhere."""
 
 
 def tokens(batch: int, seq_len: int, heads: int, head_dim: int, dtype: torch.dtype = torch.float32) -> Tensor:
@@ -74,8 +79,7 @@ def test_select_keeps_the_pairs_that_plain_select_keeps(maps, num_video, num_anc
         kv_len = torch.tensor(lengths, dtype=torch.int32, device=DEVICE)
     mask = fused.select(*means, None, 0.3, sparsity, budget, layout, kv_len)
     expected = plain.select(*means, None, 0.3, sparsity, budget, layout, kv_len)
-    assert torch.equal(mask.to_dense(), expected.to_dense())
-    assert torch.equal(mask.kv_num_blocks, expected.kv_num_blocks)
+    assert_same_choice(mask, expected, draft_map(*means, 0.3), budget)
     for indices, count in zip(mask.kv_indices.flatten(0, 2), mask.kv_num_blocks.flatten(), strict=True):
         assert (indices[:count].diff() > 0).all()
 
@@ -150,10 +154,24 @@ def test_select_by_value_keeps_what_plain_select_keeps(maps, num_video, head_dim
     query, key, value = (torch.randn(*maps, num_video, head_dim, generator=generator).to(DEVICE) for _ in range(3))
     layout = a_layout(num_video, 2)
     how = 0.3, sparsity, budget, layout, None
-    kept = fused.select(query, key, value + shift, *how).to_dense()
-    expected = plain.select(query, key, value + shift, *how).to_dense()
-    assert torch.equal(kept.sum((-1, -2)), expected.sum((-1, -2)))
-    assert (kept != expected).sum() <= 2  # pairs that differ by less than rounding
+    mask, expected = (steps.select(query, key, value + shift, *how) for steps in (fused, plain))
+    assert_same_choice(mask, expected, value_score(draft_map(query, key, 0.3), value), budget)
+
+
+def assert_same_choice(mask: BlockMask, expected: BlockMask, scores: Tensor, budget: str) -> None:
+    """As many pairs are kept, and none is kept in place of one whose score is higher by more than rounding."""
+    n = mask.num_video_blocks
+    kept, others = mask.to_dense()[:, :, :n, :n], expected.to_dense()
+    over = (-1, -2) if budget == "head" else (-1,)
+    assert torch.equal(mask.to_dense().sum(over), others.sum(over))
+    assert torch.equal(mask.to_dense()[:, :, n:], others[:, :, n:]) and torch.equal(
+        mask.to_dense()[..., n:], others[..., n:]
+    )
+    assert kept.diagonal(dim1=-2, dim2=-1).all()
+    own = torch.eye(n, dtype=torch.bool, device=kept.device)
+    least = scores.masked_fill(~kept | own, float("inf")).amin(over)
+    most = scores.masked_fill(kept, 0.0).amax(over)
+    assert (least >= most * (1 - ROUNDING)).all()
 
 
 @pytest.mark.parametrize("budget", ["head", "row"])

@@ -32,9 +32,9 @@ def block_scores(queries: Tensor, keys: Tensor, values: Tensor | None = None, *,
         outputs = torch.empty_like(values)
         lse = torch.empty(maps, n, dtype=torch.float32, device=queries.device)
         _outputs_kernel[(triton.cdiv(n, 64), maps)](
-            queries, keys, values, outputs, lse, n, scale, TILE=64, **sizes, num_warps=4, num_stages=2
+            queries, keys, values, outputs, lse, n, scale, TILE=64, **sizes, num_warps=4, num_stages=3
         )
-    tile, chunk = 128, 64
+    tile, chunk = 128, 32
     _scores_kernel[(triton.cdiv(stride, tile), triton.cdiv(n, tile), maps)](
         queries, keys, outputs, values, lse, scores, n, stride, scale, NEAREST**2,
         HEAD_DIM=head_dim, PADDED_DIM=triton.cdiv(head_dim, chunk) * chunk, CHUNK=chunk, TILE=tile,
@@ -48,8 +48,9 @@ def _standardised(values: Tensor) -> Tensor:
     maps, n, _ = values.shape
     share = values.new_full((1, 1, n), 1 / n).expand(maps, 1, n)
     values = values - share @ values  # distances stay, and are not lost in rounding
-    longest = values.square().sum(2).amax(1).clamp(min=1e-30)
-    return (values * (0.5 * longest.rsqrt())[:, None, None]).half()
+    longest = torch.linalg.vector_norm(values, dim=2, keepdim=True).amax(1, keepdim=True)
+    scaled = torch.empty_like(values, dtype=torch.float16)
+    return torch.mul(values, 0.5 / longest.clamp(min=1e-15), out=scaled)
 
 
 @triton.jit
