@@ -158,7 +158,7 @@ class Attachment(_HookOfTransformer):
         forward.sparse = step is not None
         if step:
             forward.numbers = torch.tensor([step.sparsity, step.number], dtype=torch.float64)
-            self._look_for_replaced(module)
+        self._look_for_replaced(module)
         self.last_grid = video.grid
         self._count(moment, step)
         forward.begin()
@@ -203,9 +203,12 @@ class Attachment(_HookOfTransformer):
 
     def _look_for_replaced(self, transformer: nn.Module) -> None:
         """Notice layers whose processor somebody has replaced since: they run dense unless they are patched again."""
-        replaced = self._layers.replaced() if self._layers else []
+        assert self._layers is not None, "attached"
+        replaced = self._layers.replaced()
         self._replaced = len(replaced)
-        if replaced and not self.counts.calls["replacement"]:
+        if not replaced or not self.forward.sparse:
+            return
+        if not self.counts.calls["replacement"]:
             found = type(replaced[0]).__name__
             warnings.warn(
                 f"{len(replaced)} attention layers of {type(transformer).__name__} lost draft attention: something "

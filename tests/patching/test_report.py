@@ -221,6 +221,26 @@ def test_mask_with_queries_runs_dense_and_is_counted(name: str, layer: str) -> N
     assert "2 by mask" in str(handle.report())
 
 
+def test_layers_replaced_in_dense_steps_were_not_skipped() -> None:
+    """Once before and once behind a sparse step: only the sparse one warns and counts, and nothing is negative."""
+    model = models.wan()
+    handle = enable_draft_attention(model)
+    layer = model.blocks[1].attn1
+    ours = layer.processor
+    run(model, models.wan_inputs(timestep=990))
+    layer.processor = type(ours)._stock()
+    run(model, models.wan_inputs(timestep=990))
+    assert one(handle).skipped_calls == one(handle).dense_calls["replacement"] == 0
+    with pytest.warns(UserWarning, match="1 attention layers of WanTransformer3DModel lost draft attention"):
+        run(model, models.wan_inputs())
+    run(model, models.wan_inputs(timestep=990))
+    layer.processor = ours
+    run(model, models.wan_inputs(timestep=990))
+    report = one(handle)
+    assert report.skipped_calls == report.skipped_forwards == 0
+    assert report.dense_calls == {"step": 2 + 1 + 1 + 2, "layer": 5, "mask": 0, "replacement": 1}
+
+
 def test_mask_in_a_dense_step_counts_as_the_step() -> None:
     model = models.wan()
     pass_mask(model.blocks[1].attn1, causal_mask(663))
