@@ -2,6 +2,7 @@
 
 import itertools
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import diffusers
@@ -22,6 +23,7 @@ from diffusers_draft.patching.schedule import schedule_for
 from diffusers_draft.schedules import SCHEDULES
 
 MEAN_ERROR = 1e-9
+README = Path(__file__).parents[2] / "README.md"
 
 
 def densities(
@@ -328,6 +330,18 @@ def test_a_transformer_alone_goes_by_its_timestep() -> None:
     steps = [schedule.at(None, torch.tensor([10.0 * share])) for share in range(101)]
     assert mean([1 - step.sparsity for step in steps]) == pytest.approx(0.2, abs=MEAN_ERROR)
     assert len({step.number for step in steps}) == 101
+
+
+@pytest.mark.parametrize(("shift", "reached"), [(3.0, 0.31), (5.0, 0.37)])
+def test_a_transformer_alone_is_denser_under_a_shift_as_the_readme_says(shift: float, reached: float) -> None:
+    scheduler = FlowMatchEulerDiscreteScheduler(shift=shift)
+    scheduler.set_timesteps(50)
+    for name, expected in {"falling": reached, "constant": 0.2}.items():
+        model = models.wan()
+        schedule = schedule_for(model, family_of(model), DraftConfig(schedule=name))
+        found = [1 - schedule.at(None, timestep).sparsity for timestep in scheduler.timesteps]
+        assert round(mean(found), 2) == expected
+    assert f"{reached} with shift {shift:g}" in " ".join(README.read_text().split())
 
 
 @pytest.mark.parametrize("name", TINY)
