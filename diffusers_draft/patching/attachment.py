@@ -27,8 +27,8 @@ _shadows: weakref.WeakKeyDictionary[nn.Module, Shadow] = weakref.WeakKeyDictiona
 """Of every transformer that was ever patched, for its life."""
 
 
-MOST_FORWARDS = 4096
-"""Forwards that are remembered where no scheduler tells runs apart."""
+MOST_FORWARDS = 256
+"""Sparse forwards of a run that are remembered: each holds small tensors of every layer on the device."""
 
 
 class _HookOfTransformer:

@@ -12,6 +12,10 @@ import diffusers_draft
 from diffusers_draft import DraftConfig
 from diffusers_draft.attention import kernels
 from diffusers_draft.attention.block_mask import BlockMask
+from diffusers_draft.attention.ops import Attended, attend
+from diffusers_draft.patching import attachment
+from diffusers_draft.patching.forward import AttentionCall
+from diffusers_draft.patching.report import TransformerReport
 
 
 def run(model: torch.nn.Module, inputs: models.Inputs) -> Tensor:
@@ -130,6 +134,52 @@ def test_every_sparse_call_reports_its_own_density(masks: list[BlockMask]) -> No
     assert before.density == pytest.approx(masks[-1].density().item())
     run(model, models.hunyuan_video_inputs(1, text=300, lengths=(300,), timestep=990))
     assert one(handle).density == before.density
+
+
+def test_forwards_of_other_sizes_and_lengths_are_read_together(
+    masks: list[BlockMask], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Three waits for the device however many forwards and layers there were: pairs, squares and lengths."""
+    model = models.hunyuan_video()
+    handle = diffusers_draft.enable_draft_attention(model, sparsity=0.5)
+    squares: list[list[float]] = []
+
+    def look(call: AttentionCall) -> Attended:
+        found = attend(*call.arguments)
+        squares.append(found.squares.tolist())
+        return found
+
+    with handle._watched(look):
+        run(model, models.hunyuan_video_inputs(2, text=300, lengths=(300, 20), timestep=100))
+        run(model, models.hunyuan_video_inputs(1, text=40, lengths=(9,), timestep=200))
+        run(model, models.hunyuan_video_inputs(3, text=300, lengths=(20, 300, 20), timestep=300))
+    reads: list[torch.Size] = []
+    for name in ("tolist", "__int__", "item"):
+        stock = getattr(Tensor, name)
+        monkeypatch.setattr(Tensor, name, lambda tensor, stock=stock: reads.append(tensor.shape) or stock(tensor))
+    report = one(handle)
+    monkeypatch.undo()
+    layers = 5
+    assert len([shape for shape in reads if shape != (4,)]) == 3  # facts are on the CPU
+    densities = [mask.density().item() for mask in masks]
+    assert len(densities) == 3 * layers and len(set(densities)) == 3
+    assert [forward.density for forward in report.run] == pytest.approx(densities[::layers])
+    assert list(report.densities.values()) == pytest.approx(densities[-layers:])
+    for layer, error in enumerate(report.errors.values()):
+        of_layer = squares[layer::layers]
+        assert error.before == pytest.approx(sum((before / whole) ** 0.5 for before, _, whole in of_layer) / 3)
+        assert error.after == pytest.approx(sum((after / whole) ** 0.5 for _, after, whole in of_layer) / 3)
+
+
+def test_the_latest_forwards_are_remembered(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert f"at most the last {attachment.MOST_FORWARDS}" in str(TransformerReport.__doc__)
+    monkeypatch.setattr(attachment, "MOST_FORWARDS", 3)
+    model = models.wan()
+    handle = diffusers_draft.enable_draft_attention(model)
+    for timestep in (900, 700, 500, 300, 100):
+        run(model, models.wan_inputs(grid=(1, 16, 24), timestep=timestep))
+    assert [forward.step for forward in one(handle).run] == [50, 70, 90]
+    assert one(handle).forwards["sparse"] == 5
 
 
 def test_blocks_are_those_of_the_last_sparse_call() -> None:
