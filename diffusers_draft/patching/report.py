@@ -18,7 +18,7 @@ from .schedule import SparseStep
 
 @dataclass(frozen=True)
 class Error:
-    """Relative error of an attention output, measured on the probes.
+    """Relative error of an attention output, measured on the probes; NaN, also in means, if the output has NaN.
 
     Attributes:
         before: of the sparse output, without correction.
@@ -105,8 +105,9 @@ class TransformerReport:
 
     @property
     def worst_layer(self) -> str | None:
-        """Module path of the layer whose error after correction is largest; None without probes."""
-        return max(self.errors, key=lambda path: self.errors[path].after, default=None)
+        """Module path of the layer whose error after correction is largest, NaN above all; None without probes."""
+        after = {path: error.after for path, error in self.errors.items()}
+        return max(after, key=lambda path: (math.isnan(after[path]), after[path]), default=None)
 
     def __str__(self) -> str:
         config = self.config
@@ -226,7 +227,7 @@ def _forward_report(step: SparseStep, looks: dict[str, _Look]) -> ForwardReport:
 
 def _error(before: float, after: float, whole: float) -> Error | None:
     """Compute relative errors from sums of squares; None where nothing was measured."""
-    return Error(math.sqrt(before / whole), math.sqrt(after / whole)) if whole > 0 else None
+    return Error(math.sqrt(before / whole), math.sqrt(after / whole)) if whole else None
 
 
 def _mean(values: Sequence[float]) -> float:

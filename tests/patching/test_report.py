@@ -1,4 +1,5 @@
 import dataclasses
+import math
 from typing import Any
 
 import models
@@ -180,6 +181,29 @@ def test_the_latest_forwards_are_remembered(monkeypatch: pytest.MonkeyPatch) -> 
         run(model, models.wan_inputs(grid=(1, 16, 24), timestep=timestep))
     assert [forward.step for forward in one(handle).run] == [50, 70, 90]
     assert one(handle).forwards["sparse"] == 5
+
+
+@pytest.mark.parametrize("broken", range(3))
+def test_nan_is_the_worst_error(broken: int) -> None:
+    """In one call of a layer: it shows in the layer, the forward and the run, and nowhere else."""
+    model = models.wan()
+    handle = diffusers_draft.enable_draft_attention(model, sparsity=0.5)
+    calls: list[str] = []
+
+    def look(call: AttentionCall) -> Attended:
+        calls.append(call.path)
+        found = attend(*call.arguments)
+        return found._replace(squares=found.squares * torch.nan) if len(calls) == 1 + broken else found
+
+    with handle._watched(look):
+        run(model, models.wan_inputs())
+        run(model, models.wan_inputs())
+    report, path = one(handle), f"blocks.{broken}.attn1"
+    assert [math.isnan(error.after) for error in report.errors.values()] == [layer == broken for layer in range(3)]
+    assert [math.isnan(forward.error.before) for forward in report.run] == [True, False]
+    assert math.isnan(report.error.before) and math.isnan(report.error.after)
+    assert report.worst_layer == path
+    assert f"error     nan before correction, nan after; worst layer {path}: nan, nan" in str(report)
 
 
 def test_blocks_are_those_of_the_last_sparse_call() -> None:
