@@ -1,4 +1,3 @@
-import dataclasses
 import math
 from typing import Any
 
@@ -32,20 +31,7 @@ def one(handle: Any) -> Any:
 @pytest.fixture
 def masks(monkeypatch: pytest.MonkeyPatch) -> list[BlockMask]:
     """What the backend gets in all sparse calls of a test."""
-    seen: list[BlockMask] = []
-
-    def choose_and_record(*args: Any) -> kernels.Choice:
-        choice = choose(*args)
-
-        def forward(query: Tensor, key: Tensor, value: Tensor, mask: BlockMask, scale: float) -> Tensor:
-            seen.append(mask)
-            return choice.forward(query, key, value, mask, scale)
-
-        return dataclasses.replace(choice, forward=forward)
-
-    choose = kernels.choose
-    monkeypatch.setattr(kernels, "choose", choose_and_record)
-    return seen
+    return models.recorded_masks(monkeypatch)
 
 
 def test_before_any_call() -> None:
