@@ -215,13 +215,21 @@ def test_capture_leaves_no_trace_after_an_error(pipe):
     assert not layer._forward_pre_hooks and not layer._forward_hooks
 
 
-def test_capture_refuses_a_patched_layer(pipe):
-    with (
-        enable_draft_attention(pipe),
-        pytest.raises(ValueError, match="Capture a dense run"),
-        captured(pipe.transformer, "blocks.1.attn1"),
-    ):
+@pytest.mark.parametrize("dense_layers", [(), (1,)])
+def test_capture_refuses_while_draft_attention_is_enabled(pipe, dense_layers):
+    """Also in a layer that it leaves dense: capturing would replace the settings."""
+    with enable_draft_attention(pipe, dense_layers=dense_layers) as handle:
+        with pytest.raises(ValueError, match="Disable it first"), captured(pipe.transformer, "blocks.1.attn1"):
+            pass
+        assert handle.report().transformers[0].attached
+
+
+def test_capture_refuses_another_processor(pipe):
+    layer = pipe.transformer.blocks[1].attn1
+    stock, layer.processor = layer.processor, type("Mine", (), {})()
+    with pytest.raises(ValueError, match="got Mine"), captured(pipe.transformer, "blocks.1.attn1"):
         pass
+    layer.processor = stock
 
 
 def test_side_by_side_puts_videos_in_order_under_a_caption():
