@@ -7,6 +7,7 @@ import subprocess
 import sys
 
 import imageio
+import models
 import numpy as np
 import pytest
 import torch
@@ -202,6 +203,18 @@ def test_captured_queries_and_keys_are_those_of_the_attention(pipe):
     attended = scaled_dot_product_attention(*(t.transpose(1, 2) for t in (tensors.query, tensors.key, value)))
     expected = layer.to_out[0](attended.transpose(1, 2).flatten(2))
     torch.testing.assert_close(seen["output"], expected)
+
+
+@pytest.mark.parametrize("name", [name for name in models.TINY if not name.startswith("wan")])
+def test_capture_in_every_family(name):
+    """Also where dense forwards run upstream's code: nothing but rounding is changed."""
+    tiny = models.TINY[name]
+    model, inputs = tiny.build(), tiny.inputs(1)
+    stock = models.forward(model, inputs)
+    with captured(model, tiny.layers[-1]) as tensors:
+        assert models.error(models.forward(model, inputs), stock) < tiny.tolerance
+    assert tensors.query is not None and tensors.query.shape == tensors.key.shape == tensors.value.shape
+    assert torch.equal(models.forward(model, inputs), stock)
 
 
 def test_capture_leaves_no_trace_after_an_error(pipe):

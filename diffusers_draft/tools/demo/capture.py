@@ -24,7 +24,7 @@ class Captured:
 
 @contextmanager
 def captured(transformer: nn.Module, layer: str) -> Iterator[Captured]:
-    """Capture queries, keys and values of a layer's last call, without changing its output.
+    """Capture queries, keys and values of a layer's last call, without changing its output beyond rounding.
 
     Args:
         transformer: a supported transformer.
