@@ -408,6 +408,20 @@ def test_draft_selection_as_a_baseline_is_draft_attention(tmp_path):
         assert torch.equal(models.run_wan(pipe), expected)
 
 
+@pytest.mark.parametrize("sparsity", [0, 0.7])
+def test_draft_selection_under_autocast_is_draft_attention(sparsity):
+    """Its queries come in float32, and nothing of it is rounded where draft attention is not."""
+    model, inputs = models.wan(), models.wan_inputs()
+    handle = enable_draft_attention(model, sparsity, tile=(2, 8), schedule="constant", probes=64)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        expected = models.forward(model, inputs)
+        before = handle.report().transformers[0]
+        with handle._watched(selecting("draft", 0)):
+            assert torch.equal(models.forward(model, inputs), expected)
+    after = handle.report().transformers[0]
+    assert after.run[1] == before.run[0] and (after.error is None) == (sparsity == 0)
+
+
 def test_more_metrics_and_settings_are_added_to_a_finished_study(tmp_path):
     config = DraftConfig(sparsity=0.5, tile=(2, 8))
     study(tmp_path, [Setting(config)]).run()

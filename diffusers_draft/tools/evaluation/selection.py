@@ -6,8 +6,7 @@ import torch
 from torch import Tensor
 
 from ...attention.call import Call
-from ...attention.method import Method
-from ...attention.ops import Attended, attended
+from ...attention.ops import Attended, attend_by
 from ...patching.forward import AttentionCall, Hook
 from .mass import block_mass
 
@@ -62,10 +61,6 @@ def selecting(selection: str, seed: int) -> Hook:
     def attend(seen: AttentionCall) -> Attended | None:
         if not seen.sparse:
             return None
-        query, key, value, geometry, kv_len, numbers, method, scale = seen.arguments
-        call = Call.order(query, key, value, geometry, kv_len, Method.from_tensor(method), scale)
-        sparsity, number = numbers.tolist()
-        mask = call.select(sparsity, SELECTIONS[selection](call, generator))
-        return attended(call, mask, int(number) if call.skips_pairs(sparsity) else None)
+        return attend_by(lambda call: SELECTIONS[selection](call, generator), *seen.arguments)
 
     return attend
