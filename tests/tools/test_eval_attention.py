@@ -12,6 +12,7 @@ from paper import PAPER
 
 from diffusers_draft import DraftConfig
 from diffusers_draft.attention.call import Call
+from diffusers_draft.cli import main
 from diffusers_draft.tools.evaluation import attention, mass
 from diffusers_draft.tools.evaluation.attention import Samples, measure_attention, measure_call, spread
 from diffusers_draft.tools.evaluation.mass import block_mass
@@ -99,6 +100,20 @@ def test_measures_of_a_call_equal_brute_force(budget, lengths):
         assert measured["kept"] == pytest.approx(float(sum(kept)) / 2, rel=1e-5)
         assert measured["oracle"] == pytest.approx(float(sum(most)) / 2, rel=1e-5)
         assert measured["kept"] <= measured["oracle"]
+
+
+def test_calls_are_measured_at_the_mean_sparsity_and_the_help_says_so(capsys):
+    query, key, value = tensors()
+    geometry, generator = torch.tensor([*GRID, PREFIX]), torch.Generator()
+    dense = oracle.attention(query, key, value, oracle.length_mask(2, 3, SEQ_LEN, None)).float()
+    falling, constant = (
+        measure_call(query, key, value, dense, geometry, None, None, Setting(config), generator)
+        for config in (DraftConfig(sparsity=0.7, tile=TILE), DraftConfig(sparsity=0.7, tile=TILE, schedule="constant"))
+    )
+    assert falling == constant
+    with pytest.raises(SystemExit):
+        main(["eval", "--help"])
+    assert "all at the mean sparsity, without the schedule" in " ".join(capsys.readouterr().out.split())
 
 
 @pytest.mark.parametrize("budget", ["head", "row"])

@@ -115,7 +115,7 @@ def measure_call(
     query: Tensor, key: Tensor, value: Tensor, dense: Tensor, geometry: Tensor, kv_len: Tensor | None,
     scale: float | None, setting: Setting, generator: torch.Generator,
 ) -> list[dict[str, float]]:  # fmt: skip
-    """Measure one setting in one call.
+    """Measure one setting in one call, at its mean sparsity whatever the step: the schedule is left out.
 
     Args:
         query: `(B, S, H, D)`.
