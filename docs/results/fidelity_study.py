@@ -215,8 +215,7 @@ def _show(unit: Unit, shown: dict[str, list[np.ndarray]]) -> None:
     """Write frames of the first captions, a row for each setting."""
     names = ["dense", *(variant.name for variant in (FIRST, *MAIN[2:7]))]
     rows = [
-        np.concatenate([shown[name][clip][frame] for clip in range(2) for frame in (4, 8, 12)], axis=1)
-        for name in names
+        np.concatenate([clip[frame] for clip in shown[name][:2] for frame in (4, 8, 12)], axis=1) for name in names
     ]
     Image.fromarray(np.concatenate(rows)).save(_folder / f"{unit.grid}.png")
 

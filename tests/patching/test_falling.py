@@ -358,6 +358,13 @@ def test_a_transformer_alone_whose_timesteps_tell_nothing_is_constant(name: str)
         assert len(found) == 4
 
 
+@pytest.mark.parametrize("timestep", [1000.0, 0.0, -1.0, -2.0])
+def test_a_negative_limit_leaves_every_step_of_a_transformer_alone_dense(timestep: float) -> None:
+    model = models.wan()
+    schedule = schedule_for(model, family_of(model), DraftConfig(dense_timestep=-1))
+    assert schedule.at(None, torch.tensor([timestep])) is None
+
+
 def test_constant_reads_no_timestep() -> None:
     model = models.wan()
     schedule = schedule_for(model, family_of(model), DraftConfig(schedule="constant"))
