@@ -2,7 +2,7 @@
 
 import contextlib
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -139,6 +139,16 @@ _attend_op = torch.library.custom_op("diffusers_draft::attend", attend_now, muta
 @_attend_op.register_fake
 def _(query, key, value, geometry, kv_len, numbers, method, scale):
     return query.new_empty(query.shape), *empty_facts(query)
+
+
+def _refuse_backward(*_: Any) -> None:
+    raise RuntimeError(
+        "Draft attention has no backward under torch.compile. Train without compiling, or run inference under "
+        "torch.no_grad()."
+    )
+
+
+_attend_op.register_autograd(_refuse_backward)
 
 
 def empty_facts(query: Tensor) -> tuple[Tensor, Tensor, Tensor]:
