@@ -1,8 +1,10 @@
 """Tiny models and pipelines from diffusers' own classes, with random weights, and random inputs for them."""
 
+import dataclasses
 from collections.abc import Callable
 from typing import Any
 
+import pytest
 import tiny_cross
 import tiny_joint
 import tiny_older
@@ -39,6 +41,9 @@ from tiny import forward as forward
 from tiny import patched as patched
 from tiny import processors as processors
 from torch import Tensor
+
+from diffusers_draft.attention import kernels
+from diffusers_draft.attention.block_mask import BlockMask
 
 _WAN = dict(
     patch_size=(1, 2, 2),
@@ -204,6 +209,24 @@ TINY = {
         unguided_inputs, image_condition_type="token_replace", guidance_embeds=False
     ),
 }
+
+
+def recorded_masks(monkeypatch: pytest.MonkeyPatch) -> list[BlockMask]:
+    """A list that takes what the backend gets in all sparse calls of a test."""
+    seen: list[BlockMask] = []
+
+    def choose_and_record(*args: Any) -> kernels.Choice:
+        choice = choose(*args)
+
+        def noted(query: Tensor, key: Tensor, value: Tensor, mask: BlockMask, scale: float) -> Tensor:
+            seen.append(mask)
+            return choice.forward(query, key, value, mask, scale)
+
+        return dataclasses.replace(choice, forward=noted)
+
+    choose = kernels.choose
+    monkeypatch.setattr(kernels, "choose", choose_and_record)
+    return seen
 
 
 def wan_scheduler() -> UniPCMultistepScheduler:

@@ -1,10 +1,12 @@
 import dataclasses
+import inspect
 
 import numpy as np
 import pytest
 import torch
 from paper import PAPER, draft_attention
 
+import diffusers_draft
 from diffusers_draft import DraftConfig, enable_draft_attention
 from diffusers_draft.attention.kernels import BACKENDS
 
@@ -81,6 +83,13 @@ def test_a_refused_call_leaves_later_calls_alone():
     with pytest.raises((TypeError, ValueError)):
         draft_attention(query, query, query, grid, tile=(4.0, 16.0))
     assert draft_attention(query, query, query, grid, tile=tile).shape == query.shape
+
+
+def test_both_have_the_same_defaults():
+    parameters = inspect.signature(diffusers_draft.draft_attention).parameters
+    shared = {name: parameters[name].default for name in ("sparsity", "tile", "budget", "score", "probes", "backend")}
+    config = DraftConfig()
+    assert shared == {name: getattr(config, name) for name in shared}
 
 
 def test_every_limit_itself_is_allowed():

@@ -14,7 +14,7 @@ def draft_attention(
     value: Tensor,
     grid: Grid,
     *,
-    sparsity: float = 0.9,
+    sparsity: float = 0.8,
     prefix: int = 0,
     kv_len: Tensor | None = None,
     tile: Tile = Method.tile,

@@ -1,7 +1,8 @@
 """Draft attention as one operator, which compiled code calls without being tied to a number or a setting."""
 
 import contextlib
-from typing import NamedTuple
+from collections.abc import Callable
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -77,23 +78,43 @@ def attend_now(
     scale: float | None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Run all steps of `Call`; arguments and results are those of `attend`."""
+    return attend_by(None, query, key, value, geometry, kv_len, numbers, method, scale)
+
+
+def attend_by(
+    scores: Callable[[Call], Tensor] | None,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    geometry: Tensor,
+    kv_len: Tensor | None,
+    numbers: Tensor,
+    method: Tensor,
+    scale: float | None = None,
+) -> Attended:
+    """Run all steps of `Call`, choosing blocks by scores as `Call.select` takes them, or by the method's own for None.
+
+    The other arguments, and the results, are those of `attend`. For models that are not compiled.
+    """
+    query, key, value = in_autocast_dtype(query, key, value)
     with _without_autocast(query.device.type):
         call = Call.order(query, key, value, geometry, kv_len, Method.from_tensor(method), scale)
         sparsity, number = numbers.tolist()
-        mask = call.select(sparsity)
-        return attended(call, mask, int(number) if call.skips_pairs(sparsity) else None)
+        mask = call.select(sparsity, None if scores is None else scores(call))
+        return attended(call, mask, sparsity, int(number))
 
 
-def attended(call: Call, mask: BlockMask, number: int | None) -> Attended:
+def attended(call: Call, mask: BlockMask, sparsity: float, number: int = 0) -> Attended:
     """Run the steps behind the choice of blocks.
 
     Args:
         call: in block order.
         mask: what to attend to.
-        number: as `Call.correct` takes it; None where nothing is left out, and nothing to be corrected.
+        sparsity: what it was chosen for; where that leaves out nothing, nothing is corrected.
+        number: as `Call.correct` takes it.
     """
     out = call.attend(mask)
-    correction = call.correct(out, number) if number is not None and call.method.probes else None
+    correction = call.correct(out, number) if call.method.probes and call.skips_pairs(sparsity) else None
     squares = out.new_zeros(3, dtype=torch.float32) if correction is None else correction.squares
     heads, blocks = mask.kv_num_blocks.shape[1:]
     facts = torch.tensor([heads, blocks, mask.num_video_blocks, kernels.number_of(call.kernel)])
@@ -118,6 +139,16 @@ _attend_op = torch.library.custom_op("diffusers_draft::attend", attend_now, muta
 @_attend_op.register_fake
 def _(query, key, value, geometry, kv_len, numbers, method, scale):
     return query.new_empty(query.shape), *empty_facts(query)
+
+
+def _refuse_backward(*_: Any) -> None:
+    raise RuntimeError(
+        "Draft attention has no backward under torch.compile. Train without compiling, or run inference under "
+        "torch.no_grad()."
+    )
+
+
+_attend_op.register_autograd(_refuse_backward)
 
 
 def empty_facts(query: Tensor) -> tuple[Tensor, Tensor, Tensor]:

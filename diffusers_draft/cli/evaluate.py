@@ -52,7 +52,7 @@ def add_parser(subparsers: argparse._SubParsersAction) -> None:
     parser.add_argument("--vbench", action="store_true", help="score the clips with VBench")
     parser.add_argument(
         "--attention", type=int, nargs="?", const=4, default=0, metavar="PROMPTS",
-        help="measure attention calls, on so many prompts (default: 4)",
+        help="measure attention calls on so many prompts (default: 4), all at the mean sparsity, without the schedule",
     )  # fmt: skip
     parser.set_defaults(run=run)
 

@@ -82,7 +82,8 @@ class Family:
             `F.scaled_dot_product_attention`.
         explicit: a `__call__` to run instead of theirs, which ends in `dispatch_attention_fn`. It must follow changes
             of upstream's, which tests/families/test_explicit.py detects.
-        stock_when_dense: whether dense forwards run upstream's `__call__` instead of `explicit`.
+        stock_when_dense: whether dense forwards run upstream's `__call__` instead of `explicit`, unless a hook looks
+            into them.
         video: finds the video tokens from the inputs of a forward and the model's config.
         check: raises ValueError for a model whose config gives it self-attention that cannot be made sparse.
         dense_layers: module paths of the layers that stay dense by default.

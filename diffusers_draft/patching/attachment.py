@@ -27,8 +27,8 @@ _shadows: weakref.WeakKeyDictionary[nn.Module, Shadow] = weakref.WeakKeyDictiona
 """Of every transformer that was ever patched, for its life."""
 
 
-MOST_FORWARDS = 4096
-"""Forwards that are remembered where no scheduler tells runs apart."""
+MOST_FORWARDS = 256
+"""Sparse forwards of a run that are remembered: each holds small tensors of every layer on the device."""
 
 
 class _HookOfTransformer:
@@ -158,7 +158,7 @@ class Attachment(_HookOfTransformer):
         forward.sparse = step is not None
         if step:
             forward.numbers = torch.tensor([step.sparsity, step.number], dtype=torch.float64)
-            self._look_for_replaced(module)
+        self._look_for_replaced(module)
         self.last_grid = video.grid
         self._count(moment, step)
         forward.begin()
@@ -203,9 +203,12 @@ class Attachment(_HookOfTransformer):
 
     def _look_for_replaced(self, transformer: nn.Module) -> None:
         """Notice layers whose processor somebody has replaced since: they run dense unless they are patched again."""
-        replaced = self._layers.replaced() if self._layers else []
+        assert self._layers is not None, "attached"
+        replaced = self._layers.replaced()
         self._replaced = len(replaced)
-        if replaced and not self.counts.calls["replacement"]:
+        if not replaced or not self.forward.sparse:
+            return
+        if not self.counts.calls["replacement"]:
             found = type(replaced[0]).__name__
             warnings.warn(
                 f"{len(replaced)} attention layers of {type(transformer).__name__} lost draft attention: something "

@@ -106,9 +106,14 @@ def _values(timesteps: Tensor) -> tuple[float, ...]:
 
 
 def _nearest(timestep: Tensor, timesteps: tuple[float, ...]) -> int:
-    """Find the step whose timestep is nearest: models may get it rounded to their dtype."""
+    """Find the step whose timestep is nearest: models may get it rounded to their dtype.
+
+    Of equal ones it is the second, as for diffusers' schedulers: those of second order have all but the first twice.
+    """
     value = float(timestep.max())
-    return min(range(len(timesteps)), key=lambda step: abs(timesteps[step] - value))
+    first = min(range(len(timesteps)), key=lambda step: abs(timesteps[step] - value))
+    later = (step for step in range(first + 1, len(timesteps)) if timesteps[step] == timesteps[first])
+    return next(later, first)
 
 
 def _weakly(thing: Any) -> Callable[[], Any]:

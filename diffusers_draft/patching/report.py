@@ -1,18 +1,24 @@
 """What really happened: a report made from what the hot path left behind, only when it is asked for."""
 
+import itertools
 import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
 
 from ..attention import kernels
 from ..config import DraftConfig
 from .attachment import Attachment
-from .records import SparseCall, SparseForward
+from .records import SparseCall
+from .schedule import SparseStep
 
 
 @dataclass(frozen=True)
 class Error:
-    """Relative error of an attention output, measured on the probes.
+    """Relative error of an attention output, measured on the probes; NaN, also in means, if the output has NaN.
 
     Attributes:
         before: of the sparse output, without correction.
@@ -57,7 +63,7 @@ class TransformerReport:
             None if it has not run sparse yet.
         errors: for each sparse layer, by module path, the mean error of its calls in the latest run; empty without
             probes.
-        run: the sparse forwards of the latest run, in turn.
+        run: the sparse forwards of the latest run, in turn; at most the last 256.
         dense_layers: module paths of the layers left dense.
         steps: denoising steps so far that were `"dense"` and `"sparse"` by the schedule.
         forwards: transformer forwards so far, likewise (more than steps with classifier-free guidance).
@@ -99,8 +105,9 @@ class TransformerReport:
 
     @property
     def worst_layer(self) -> str | None:
-        """Module path of the layer whose error after correction is largest; None without probes."""
-        return max(self.errors, key=lambda path: self.errors[path].after, default=None)
+        """Module path of the layer whose error after correction is largest, NaN above all; None without probes."""
+        after = {path: error.after for path, error in self.errors.items()}
+        return max(after, key=lambda path: (math.isnan(after[path]), after[path]), default=None)
 
     def __str__(self) -> str:
         config = self.config
@@ -151,12 +158,15 @@ class DraftReport:
 
 def report_on(component: str, attachment: Attachment) -> TransformerReport:
     """Read the counters; wait for the device to fetch densities and errors."""
-    records, counts, block = attachment.records, attachment.counts, attachment.config.block
-    call = next((record.call for record in records.values() if record.call), None)
-    facts = call.facts.tolist() if call else None
+    records, counts, log = attachment.records, attachment.counts, tuple(attachment.log)
+    block = attachment.config.block
+    last = {path: record.call for path, record in records.items() if record.call}
+    looks = iter(_look([*last.values(), *(call for forward in log for call in forward.calls.values())], block))
+    of_last = {path: next(looks) for path in last}
+    of_run = [{path: next(looks) for path in forward.calls} for forward in log]
+    facts = next(iter(last.values())).facts.tolist() if last else None
     choice = kernels.choice_of(facts[3]) if facts else None
-    errors = [{path: _error(call) for path, call in forward.calls.items()} for forward in attachment.log]
-    by_layer = {path: _mean_error(of_forward.get(path) for of_forward in errors) for path in records}
+    errors = {path: _mean_error(of[path].error for of in of_run if path in of) for path in records}
     return TransformerReport(
         component=component,
         family=attachment.family.name,
@@ -166,12 +176,9 @@ def report_on(component: str, attachment: Attachment) -> TransformerReport:
         backend_reason=choice.reason if choice else None,
         grid=attachment.last_grid,
         blocks=(facts[1], facts[2]) if facts else None,
-        densities={path: _density(record.call, block) if record.call else None for path, record in records.items()},
-        errors={path: error for path, error in by_layer.items() if error},
-        run=tuple(
-            _forward_report(forward, block, of_forward.values())
-            for forward, of_forward in zip(attachment.log, errors, strict=True)
-        ),
+        densities={path: of_last[path].density if path in of_last else None for path in records},
+        errors={path: error for path, error in errors.items() if error},
+        run=tuple(_forward_report(forward.step, looks) for forward, looks in zip(log, of_run, strict=True)),
         dense_layers=attachment.dense_layers,
         steps=dict(counts.steps),
         forwards=dict(counts.forwards),
@@ -182,22 +189,45 @@ def report_on(component: str, attachment: Attachment) -> TransformerReport:
     )
 
 
-def _forward_report(forward: SparseForward, block: int, errors: Iterable[Error | None]) -> ForwardReport:
-    density = _mean([_density(call, block) for call in forward.calls.values()])
-    return ForwardReport(forward.step.number, 1 - forward.step.sparsity, density, _mean_error(errors))
+class _Look(NamedTuple):
+    """What one sparse call tells."""
+
+    density: float
+    error: Error | None
 
 
-def _density(call: SparseCall, block: int) -> float:
-    heads, blocks = call.facts.tolist()[:2]
-    valid = [blocks] * len(call.pairs)
-    if call.kv_len is not None:
-        valid = [-(-length // block) for length in call.kv_len.tolist()]
-    return int(call.pairs.sum()) / (sum(valid) * heads * blocks)
+def _look(calls: Sequence[SparseCall], block: int) -> list[_Look]:
+    """Look into calls, waiting for each device once for each kind of what they left."""
+    lengths = iter(_read([call.kv_len for call in calls if call.kv_len is not None]))
+    found = []
+    for call, pairs, squares in zip(
+        calls, _read([call.pairs for call in calls]), _read([call.squares for call in calls]), strict=True
+    ):
+        heads, blocks = call.facts.tolist()[:2]
+        valid = [blocks] * len(pairs) if call.kv_len is None else [-(-length // block) for length in next(lengths)]
+        found.append(_Look(sum(pairs) / (sum(valid) * heads * blocks), _error(*squares)))
+    return found
 
 
-def _error(call: SparseCall) -> Error | None:
-    before, after, whole = call.squares.tolist()
-    return Error(math.sqrt(before / whole), math.sqrt(after / whole)) if whole > 0 else None
+def _read(vectors: Sequence[Tensor]) -> list[list[Any]]:
+    """Read vectors of any lengths, those of a device together."""
+    found: list[list[Any]] = [[] for _ in vectors]
+    for device in {vector.device for vector in vectors}:
+        there = [number for number, vector in enumerate(vectors) if vector.device == device]
+        values = iter(torch.cat([vectors[number] for number in there]).tolist())
+        for number in there:
+            found[number] = list(itertools.islice(values, len(vectors[number])))
+    return found
+
+
+def _forward_report(step: SparseStep, looks: dict[str, _Look]) -> ForwardReport:
+    density = _mean([look.density for look in looks.values()])
+    return ForwardReport(step.number, 1 - step.sparsity, density, _mean_error(look.error for look in looks.values()))
+
+
+def _error(before: float, after: float, whole: float) -> Error | None:
+    """Compute relative errors from sums of squares; None where nothing was measured."""
+    return Error(math.sqrt(before / whole), math.sqrt(after / whole)) if whole else None
 
 
 def _mean(values: Sequence[float]) -> float:

@@ -93,6 +93,8 @@ class Schedule:
         if top is None:
             return SparseStep(self._sparsity, 0)
         left = [share / ALONE for share in range(ALONE, -1, -1) if share / ALONE * top <= limit]
+        if not left:
+            return None
         index = min(range(len(left)), key=lambda index: abs(left[index] - value / top))
         return SparseStep(self._sparsity_at(left, index), index)
 

@@ -23,9 +23,8 @@ from PIL import Image
 
 from diffusers_draft import DraftConfig, enable_draft_attention, schedules
 from diffusers_draft.attention import correct
-from diffusers_draft.attention.call import Call
 from diffusers_draft.attention.method import Method
-from diffusers_draft.attention.ops import Attended, attended
+from diffusers_draft.attention.ops import Attended, attend
 from diffusers_draft.attention.steps.plain import attend_to_valid
 from diffusers_draft.patching import schedule
 from diffusers_draft.patching.clock import Moment
@@ -188,19 +187,19 @@ def _true_errors(pipe: Any, unit: Unit) -> list[dict[str, Any]]:
 
     def look(seen: AttentionCall) -> Attended:
         query, key, value, geometry, kv_len, numbers, method, scale = seen.arguments
-        call = Call.order(query, key, value, geometry, kv_len, Method.from_tensor(method), scale)
-        sparsity, number = numbers.tolist()
-        mask = call.select(sparsity)
-        result = attended(call, mask, int(number))
-        plain = call.restore(call.attend(mask))
-        dense = attend_to_valid(query, key, value, kv_len, scale)
+        result = attend(*seen.arguments)
         before, after, whole = result.squares.tolist()
+        if not whole:  # nothing was left out
+            return result
+        plainly = dataclasses.replace(Method.from_tensor(method), probes=0).to_tensor()
+        plain = attend(query, key, value, geometry, kv_len, numbers, plainly, scale).out
+        dense = attend_to_valid(query, key, value, kv_len, scale)
         norm = dense.float().norm()
         found.append(
             {
                 "grid": unit.grid,
                 "layer": seen.path,
-                "step": int(number),
+                "step": int(numbers[1]),
                 "measured": [math.sqrt(before / whole), math.sqrt(after / whole)],
                 "true": [((out - dense).float().norm() / norm).item() for out in (plain, result.out)],
             }
@@ -216,8 +215,7 @@ def _show(unit: Unit, shown: dict[str, list[np.ndarray]]) -> None:
     """Write frames of the first captions, a row for each setting."""
     names = ["dense", *(variant.name for variant in (FIRST, *MAIN[2:7]))]
     rows = [
-        np.concatenate([shown[name][clip][frame] for clip in range(2) for frame in (4, 8, 12)], axis=1)
-        for name in names
+        np.concatenate([clip[frame] for clip in shown[name][:2] for frame in (4, 8, 12)], axis=1) for name in names
     ]
     Image.fromarray(np.concatenate(rows)).save(_folder / f"{unit.grid}.png")
 

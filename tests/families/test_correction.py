@@ -1,8 +1,5 @@
 """The defaults in every family: corrected attention of the oracle under the mask that the library chose."""
 
-import dataclasses
-from typing import Any
-
 import models
 import oracle
 import pytest
@@ -11,7 +8,6 @@ from models import RAGGED, TINY, attention_replaced, error, forward
 from torch import Tensor
 
 from diffusers_draft import enable_draft_attention
-from diffusers_draft.attention import kernels
 from diffusers_draft.attention.block_mask import BlockMask
 from diffusers_draft.attention.correct import probe_rows
 from diffusers_draft.attention.ops import Attended, attend
@@ -25,20 +21,7 @@ TILE = (4, 4, 8)
 @pytest.fixture
 def masks(monkeypatch: pytest.MonkeyPatch) -> list[BlockMask]:
     """What the backend gets in all sparse calls of a test."""
-    seen: list[BlockMask] = []
-
-    def choose_and_record(*args: Any) -> kernels.Choice:
-        choice = choose(*args)
-
-        def noted(query: Tensor, key: Tensor, value: Tensor, mask: BlockMask, scale: float) -> Tensor:
-            seen.append(mask)
-            return choice.forward(query, key, value, mask, scale)
-
-        return dataclasses.replace(choice, forward=noted)
-
-    choose = kernels.choose
-    monkeypatch.setattr(kernels, "choose", choose_and_record)
-    return seen
+    return models.recorded_masks(monkeypatch)
 
 
 ONE_CALL = [name for name in TINY if not name.startswith("Mochi")]

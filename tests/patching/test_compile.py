@@ -305,6 +305,17 @@ def test_mask_under_compile_is_counted() -> None:
     assert handle.report().transformers[0].dense_calls == {"step": 0, "layer": 2, "mask": 2, "replacement": 0}
 
 
+@pytest.mark.parametrize("backend", ["eager", "aot_eager"])
+def test_a_backward_under_compile_is_refused(backend: str) -> None:
+    """By the time it is traced, which with AOT is before the first output; forwards without gradients go on."""
+    transformer, inputs = models.wan(num_layers=1), wan_inputs()
+    diffusers_draft.enable_draft_attention(transformer, 0.5)
+    compile_in_place(transformer, backend=backend)
+    with torch.enable_grad(), pytest.raises(Exception, match=r"no backward under torch\.compile.*torch\.no_grad\(\)"):
+        transformer(**inputs).sample.sum().backward()
+    assert transformer(**inputs).sample.isfinite().all()
+
+
 MANY: dict[str, list[dict[str, Any]]] = {
     "sparsities": [dict(sparsity=0.3 + number / 20) for number in range(12)],
     "settings": [

@@ -2,6 +2,7 @@
 
 import itertools
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import diffusers
@@ -22,6 +23,7 @@ from diffusers_draft.patching.schedule import schedule_for
 from diffusers_draft.schedules import SCHEDULES
 
 MEAN_ERROR = 1e-9
+README = Path(__file__).parents[2] / "README.md"
 
 
 def densities(
@@ -330,6 +332,18 @@ def test_a_transformer_alone_goes_by_its_timestep() -> None:
     assert len({step.number for step in steps}) == 101
 
 
+@pytest.mark.parametrize(("shift", "reached"), [(3.0, 0.31), (5.0, 0.37)])
+def test_a_transformer_alone_is_denser_under_a_shift_as_the_readme_says(shift: float, reached: float) -> None:
+    scheduler = FlowMatchEulerDiscreteScheduler(shift=shift)
+    scheduler.set_timesteps(50)
+    for name, expected in {"falling": reached, "constant": 0.2}.items():
+        model = models.wan()
+        schedule = schedule_for(model, family_of(model), DraftConfig(schedule=name))
+        found = [1 - schedule.at(None, timestep).sparsity for timestep in scheduler.timesteps]
+        assert round(mean(found), 2) == expected
+    assert f"{reached} with shift {shift:g}" in " ".join(README.read_text().split())
+
+
 @pytest.mark.parametrize("name", TINY)
 def test_a_transformer_alone_whose_timesteps_tell_nothing_is_constant(name: str) -> None:
     model = TINY[name].build()
@@ -342,6 +356,13 @@ def test_a_transformer_alone_whose_timesteps_tell_nothing_is_constant(name: str)
         assert schedule.at(None, nowhere).sparsity == 0.8
     else:
         assert len(found) == 4
+
+
+@pytest.mark.parametrize("timestep", [1000.0, 0.0, -1.0, -2.0])
+def test_a_negative_limit_leaves_every_step_of_a_transformer_alone_dense(timestep: float) -> None:
+    model = models.wan()
+    schedule = schedule_for(model, family_of(model), DraftConfig(dense_timestep=-1))
+    assert schedule.at(None, torch.tensor([timestep])) is None
 
 
 def test_constant_reads_no_timestep() -> None:

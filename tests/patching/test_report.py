@@ -1,4 +1,4 @@
-import dataclasses
+import math
 from typing import Any
 
 import models
@@ -12,6 +12,10 @@ import diffusers_draft
 from diffusers_draft import DraftConfig
 from diffusers_draft.attention import kernels
 from diffusers_draft.attention.block_mask import BlockMask
+from diffusers_draft.attention.ops import Attended, attend
+from diffusers_draft.patching import attachment
+from diffusers_draft.patching.forward import AttentionCall
+from diffusers_draft.patching.report import TransformerReport
 
 
 def run(model: torch.nn.Module, inputs: models.Inputs) -> Tensor:
@@ -27,20 +31,7 @@ def one(handle: Any) -> Any:
 @pytest.fixture
 def masks(monkeypatch: pytest.MonkeyPatch) -> list[BlockMask]:
     """What the backend gets in all sparse calls of a test."""
-    seen: list[BlockMask] = []
-
-    def choose_and_record(*args: Any) -> kernels.Choice:
-        choice = choose(*args)
-
-        def forward(query: Tensor, key: Tensor, value: Tensor, mask: BlockMask, scale: float) -> Tensor:
-            seen.append(mask)
-            return choice.forward(query, key, value, mask, scale)
-
-        return dataclasses.replace(choice, forward=forward)
-
-    choose = kernels.choose
-    monkeypatch.setattr(kernels, "choose", choose_and_record)
-    return seen
+    return models.recorded_masks(monkeypatch)
 
 
 def test_before_any_call() -> None:
@@ -132,6 +123,75 @@ def test_every_sparse_call_reports_its_own_density(masks: list[BlockMask]) -> No
     assert one(handle).density == before.density
 
 
+def test_forwards_of_other_sizes_and_lengths_are_read_together(
+    masks: list[BlockMask], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Three waits for the device however many forwards and layers there were: pairs, squares and lengths."""
+    model = models.hunyuan_video()
+    handle = diffusers_draft.enable_draft_attention(model, sparsity=0.5)
+    squares: list[list[float]] = []
+
+    def look(call: AttentionCall) -> Attended:
+        found = attend(*call.arguments)
+        squares.append(found.squares.tolist())
+        return found
+
+    with handle._watched(look):
+        run(model, models.hunyuan_video_inputs(2, text=300, lengths=(300, 20), timestep=100))
+        run(model, models.hunyuan_video_inputs(1, text=40, lengths=(9,), timestep=200))
+        run(model, models.hunyuan_video_inputs(3, text=300, lengths=(20, 300, 20), timestep=300))
+    reads: list[torch.Size] = []
+    for name in ("tolist", "__int__", "item"):
+        stock = getattr(Tensor, name)
+        monkeypatch.setattr(Tensor, name, lambda tensor, stock=stock: reads.append(tensor.shape) or stock(tensor))
+    report = one(handle)
+    monkeypatch.undo()
+    layers = 5
+    assert len([shape for shape in reads if shape != (4,)]) == 3  # facts are on the CPU
+    densities = [mask.density().item() for mask in masks]
+    assert len(densities) == 3 * layers and len(set(densities)) == 3
+    assert [forward.density for forward in report.run] == pytest.approx(densities[::layers])
+    assert list(report.densities.values()) == pytest.approx(densities[-layers:])
+    for layer, error in enumerate(report.errors.values()):
+        of_layer = squares[layer::layers]
+        assert error.before == pytest.approx(sum((before / whole) ** 0.5 for before, _, whole in of_layer) / 3)
+        assert error.after == pytest.approx(sum((after / whole) ** 0.5 for _, after, whole in of_layer) / 3)
+
+
+def test_the_latest_forwards_are_remembered(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert f"at most the last {attachment.MOST_FORWARDS}" in str(TransformerReport.__doc__)
+    monkeypatch.setattr(attachment, "MOST_FORWARDS", 3)
+    model = models.wan()
+    handle = diffusers_draft.enable_draft_attention(model)
+    for timestep in (900, 700, 500, 300, 100):
+        run(model, models.wan_inputs(grid=(1, 16, 24), timestep=timestep))
+    assert [forward.step for forward in one(handle).run] == [50, 70, 90]
+    assert one(handle).forwards["sparse"] == 5
+
+
+@pytest.mark.parametrize("broken", range(3))
+def test_nan_is_the_worst_error(broken: int) -> None:
+    """In one call of a layer: it shows in the layer, the forward and the run, and nowhere else."""
+    model = models.wan()
+    handle = diffusers_draft.enable_draft_attention(model, sparsity=0.5)
+    calls: list[str] = []
+
+    def look(call: AttentionCall) -> Attended:
+        calls.append(call.path)
+        found = attend(*call.arguments)
+        return found._replace(squares=found.squares * torch.nan) if len(calls) == 1 + broken else found
+
+    with handle._watched(look):
+        run(model, models.wan_inputs())
+        run(model, models.wan_inputs())
+    report, path = one(handle), f"blocks.{broken}.attn1"
+    assert [math.isnan(error.after) for error in report.errors.values()] == [layer == broken for layer in range(3)]
+    assert [math.isnan(forward.error.before) for forward in report.run] == [True, False]
+    assert math.isnan(report.error.before) and math.isnan(report.error.after)
+    assert report.worst_layer == path
+    assert f"error     nan before correction, nan after; worst layer {path}: nan, nan" in str(report)
+
+
 def test_blocks_are_those_of_the_last_sparse_call() -> None:
     model = models.wan()
     handle = enable_draft_attention(model)
@@ -219,6 +279,26 @@ def test_mask_with_queries_runs_dense_and_is_counted(name: str, layer: str) -> N
     assert report.densities.pop(layer) is None
     assert set(report.densities.values()) == {1}
     assert "2 by mask" in str(handle.report())
+
+
+def test_layers_replaced_in_dense_steps_were_not_skipped() -> None:
+    """Once before and once behind a sparse step: only the sparse one warns and counts, and nothing is negative."""
+    model = models.wan()
+    handle = enable_draft_attention(model)
+    layer = model.blocks[1].attn1
+    ours = layer.processor
+    run(model, models.wan_inputs(timestep=990))
+    layer.processor = type(ours)._stock()
+    run(model, models.wan_inputs(timestep=990))
+    assert one(handle).skipped_calls == one(handle).dense_calls["replacement"] == 0
+    with pytest.warns(UserWarning, match="1 attention layers of WanTransformer3DModel lost draft attention"):
+        run(model, models.wan_inputs())
+    run(model, models.wan_inputs(timestep=990))
+    layer.processor = ours
+    run(model, models.wan_inputs(timestep=990))
+    report = one(handle)
+    assert report.skipped_calls == report.skipped_forwards == 0
+    assert report.dense_calls == {"step": 2 + 1 + 1 + 2, "layer": 5, "mask": 0, "replacement": 1}
 
 
 def test_mask_in_a_dense_step_counts_as_the_step() -> None:

@@ -19,6 +19,7 @@ from models import Loop, run_hunyuan_video, run_wan
 from paper import enable_draft_attention
 from PIL import Image
 
+import diffusers_draft
 from diffusers_draft import DraftHandle
 from diffusers_draft.attention.ops import Attended
 from diffusers_draft.patching import dispatch
@@ -230,6 +231,26 @@ def test_scheduler_of_second_order() -> None:
     expected = [t > 925 for t in scheduler.timesteps.tolist()]
     assert 0 < sum(expected) < len(expected)
     assert seen == expected
+
+
+@pytest.mark.parametrize("first", [0, 2, 6])
+def test_a_run_of_second_order_that_begins_late_begins_where_its_scheduler_does(first: int) -> None:
+    """Each timestep but the first comes twice, and pipelines leave out whole pairs without setting a begin index."""
+    transformer, scheduler = models.wan(), FlowMatchHeunDiscreteScheduler(shift=5.0)
+    loop = Loop(scheduler, transformer=transformer)
+    handle = diffusers_draft.enable_draft_attention(loop)
+    for _ in range(2):
+        scheduler.set_timesteps(6)
+        steps, sample = [], torch.zeros(1)
+        for timestep in scheduler.timesteps[first:]:
+            wan_forward(transformer, float(timestep))
+            sample = scheduler.step(torch.zeros(1), timestep, sample).prev_sample
+            steps.append(scheduler.step_index - 1)
+        assert steps == list(range(first, 11))
+        (report,) = handle.report().transformers
+        assert [forward.step for forward in report.run] == steps
+        assert sum(forward.asked for forward in report.run) / len(steps) == pytest.approx(0.2)
+    assert counts(handle, "steps") == {"dense": 0, "sparse": 2 * len(steps)}
 
 
 @pytest.mark.parametrize(

@@ -7,6 +7,7 @@ import subprocess
 import sys
 
 import imageio
+import models
 import numpy as np
 import pytest
 import torch
@@ -204,6 +205,18 @@ def test_captured_queries_and_keys_are_those_of_the_attention(pipe):
     torch.testing.assert_close(seen["output"], expected)
 
 
+@pytest.mark.parametrize("name", [name for name in models.TINY if not name.startswith("wan")])
+def test_capture_in_every_family(name):
+    """Also where dense forwards run upstream's code: nothing but rounding is changed."""
+    tiny = models.TINY[name]
+    model, inputs = tiny.build(), tiny.inputs(1)
+    stock = models.forward(model, inputs)
+    with captured(model, tiny.layers[-1]) as tensors:
+        assert models.error(models.forward(model, inputs), stock) < tiny.tolerance
+    assert tensors.query is not None and tensors.query.shape == tensors.key.shape == tensors.value.shape
+    assert torch.equal(models.forward(model, inputs), stock)
+
+
 def test_capture_leaves_no_trace_after_an_error(pipe):
     layer = pipe.transformer.blocks[1].attn1
     module = sys.modules[type(layer.processor).__module__]
@@ -215,13 +228,21 @@ def test_capture_leaves_no_trace_after_an_error(pipe):
     assert not layer._forward_pre_hooks and not layer._forward_hooks
 
 
-def test_capture_refuses_a_patched_layer(pipe):
-    with (
-        enable_draft_attention(pipe),
-        pytest.raises(ValueError, match="Capture a dense run"),
-        captured(pipe.transformer, "blocks.1.attn1"),
-    ):
+@pytest.mark.parametrize("dense_layers", [(), (1,)])
+def test_capture_refuses_while_draft_attention_is_enabled(pipe, dense_layers):
+    """Also in a layer that it leaves dense: capturing would replace the settings."""
+    with enable_draft_attention(pipe, dense_layers=dense_layers) as handle:
+        with pytest.raises(ValueError, match="Disable it first"), captured(pipe.transformer, "blocks.1.attn1"):
+            pass
+        assert handle.report().transformers[0].attached
+
+
+def test_capture_refuses_another_processor(pipe):
+    layer = pipe.transformer.blocks[1].attn1
+    stock, layer.processor = layer.processor, type("Mine", (), {})()
+    with pytest.raises(ValueError, match="got Mine"), captured(pipe.transformer, "blocks.1.attn1"):
         pass
+    layer.processor = stock
 
 
 def test_side_by_side_puts_videos_in_order_under_a_caption():

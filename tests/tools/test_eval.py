@@ -6,6 +6,7 @@ import io
 import json
 import math
 import os
+import runpy
 import signal
 import subprocess
 import sys
@@ -33,6 +34,7 @@ from diffusers_draft.tools.evaluation.results import read_results
 from diffusers_draft.tools.evaluation.selection import selecting
 from diffusers_draft.tools.evaluation.statistics import Estimate, estimate
 from diffusers_draft.tools.evaluation.store import key
+from diffusers_draft.tools.evaluation.study import work
 from diffusers_draft.tools.evaluation.table import as_csv, as_text, table
 from diffusers_draft.tools.generation.files import whole_or_not
 
@@ -406,6 +408,36 @@ def test_draft_selection_as_a_baseline_is_draft_attention(tmp_path):
             assert models.error(models.run_wan(pipe), expected) > 1e-3
         assert handle.report().transformers[0].density == pytest.approx(density)
         assert torch.equal(models.run_wan(pipe), expected)
+
+
+@pytest.mark.parametrize("captions", [1, 3])
+def test_the_study_of_the_defaults_shows_as_many_captions_as_there_are(captions, tmp_path):
+    study = runpy.run_path(str(Path(__file__).parents[2] / "docs/results/fidelity_study.py"))
+    names = ["dense", *(variant.name for variant in study["MAIN"])]
+    clips = [np.full((17, 4, 6, 3), 50 * caption, np.uint8) for caption in range(captions)]
+    study["_begin"](tmp_path)
+    study["_show"](study["Unit"]("wide", 14, ("a caption",) * captions, (), True), dict.fromkeys(names, clips))
+    picture = imageio.v3.imread(tmp_path / "wide.png")
+    assert picture.shape == (7 * 4, min(captions, 2) * 3 * 6, 3) and picture[0, -1, 0] == 50 * (min(captions, 2) - 1)
+
+
+def test_work_without_any_call_is_that_of_a_dense_run():
+    report = enable_draft_attention(models.wan()).report()
+    assert work(None, report) == work(report, report) == {"density": 1.0, "computed": 1.0}
+
+
+@pytest.mark.parametrize("sparsity", [0, 0.7])
+def test_draft_selection_under_autocast_is_draft_attention(sparsity):
+    """Its queries come in float32, and nothing of it is rounded where draft attention is not."""
+    model, inputs = models.wan(), models.wan_inputs()
+    handle = enable_draft_attention(model, sparsity, tile=(2, 8), schedule="constant", probes=64)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        expected = models.forward(model, inputs)
+        before = handle.report().transformers[0]
+        with handle._watched(selecting("draft", 0)):
+            assert torch.equal(models.forward(model, inputs), expected)
+    after = handle.report().transformers[0]
+    assert after.run[1] == before.run[0] and (after.error is None) == (sparsity == 0)
 
 
 def test_more_metrics_and_settings_are_added_to_a_finished_study(tmp_path):

@@ -12,6 +12,7 @@ from paper import PAPER
 
 from diffusers_draft import DraftConfig
 from diffusers_draft.attention.call import Call
+from diffusers_draft.cli import main
 from diffusers_draft.tools.evaluation import attention, mass
 from diffusers_draft.tools.evaluation.attention import Samples, measure_attention, measure_call, spread
 from diffusers_draft.tools.evaluation.mass import block_mass
@@ -101,6 +102,20 @@ def test_measures_of_a_call_equal_brute_force(budget, lengths):
         assert measured["kept"] <= measured["oracle"]
 
 
+def test_calls_are_measured_at_the_mean_sparsity_and_the_help_says_so(capsys):
+    query, key, value = tensors()
+    geometry, generator = torch.tensor([*GRID, PREFIX]), torch.Generator()
+    dense = oracle.attention(query, key, value, oracle.length_mask(2, 3, SEQ_LEN, None)).float()
+    falling, constant = (
+        measure_call(query, key, value, dense, geometry, None, None, Setting(config), generator)
+        for config in (DraftConfig(sparsity=0.7, tile=TILE), DraftConfig(sparsity=0.7, tile=TILE, schedule="constant"))
+    )
+    assert falling == constant
+    with pytest.raises(SystemExit):
+        main(["eval", "--help"])
+    assert "all at the mean sparsity, without the schedule" in " ".join(capsys.readouterr().out.split())
+
+
 @pytest.mark.parametrize("budget", ["head", "row"])
 @pytest.mark.parametrize("sparsity", [0.0, 0.5, 0.8])
 def test_all_selections_keep_the_same_number_and_the_oracle_keeps_most(budget, sparsity):
@@ -122,21 +137,27 @@ def test_all_selections_keep_the_same_number_and_the_oracle_keeps_most(budget, s
 
 
 @pytest.mark.parametrize("prefix", [0, 40])
-def test_local_window_keeps_the_nearest_blocks_in_space_and_time(prefix):
-    """On a grid of whole tiles the centres are known: 3 frames of 2 x 3 blocks."""
-    grid, tile = (3, 16, 48), (8, 16)
-    query = torch.zeros(1, prefix + 3 * 16 * 48, 1, 16)
+@pytest.mark.parametrize("tile", [(8, 16), (4, 4, 8), (1, 16, 8)])
+def test_local_window_keeps_the_nearest_blocks_in_space_and_time(tile, prefix):
+    """On a grid of whole tiles the centres are known: 3 x 2 x 3 blocks."""
+    depth, height, width = (1, *tile)[-3:]
+    grid = (3 * depth, 2 * height, 3 * width)
+    query = torch.zeros(1, prefix + 18 * 128, 1, 16)
     config = DraftConfig(sparsity=1 - 5 / 18, budget="row", tile=tile)
     call = Call.order(query, query, query, torch.tensor([*grid, prefix]), None, config.method)
-    kept = call.select(config.sparsity, SELECTIONS["local"](call, torch.Generator())).to_dense()[0, 0, :18, :18]
+    scores = SELECTIONS["local"](call, torch.Generator())[0, 0]
     order = oracle.block_order(grid, prefix, query.shape[1], tile) - prefix
     places = []
     for block in range(18):
         tokens = order[block * 128 : (block + 1) * 128]
-        place = tokens // (16 * 48), tokens // 48 % 16 // 8, tokens % 48 // 16
+        frame, row, column = tokens // (grid[1] * grid[2]), tokens // grid[2] % grid[1], tokens % grid[2]
+        place = frame // depth, row // height, column // width
         assert all(len(axis.unique()) == 1 for axis in place)
         places.append(torch.stack([axis[0] for axis in place]))
+    where = torch.stack(places).double()
+    torch.testing.assert_close(scores.double(), -(where[:, None] - where).square().sum(-1).sqrt(), atol=1e-3, rtol=0)
     (middle,) = [block for block, place in enumerate(places) if place.tolist() == [1, 0, 1]]
+    kept = call.select(config.sparsity, scores[None, None]).to_dense()[0, 0, :18, :18]
     near = {block for block, place in enumerate(places) if (place - places[middle]).abs().sum() <= 1}
     assert len(near) == 6  # itself, left, right, below, before, after: five of them fit
     assert set(kept[middle].nonzero().flatten().tolist()) < near

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from torch import Tensor, nn
 
 from ...api import enable_draft_attention
+from ...patching.attachment import attachment_of
 from ...patching.forward import AttentionCall
 from ...patching.processors import attention_module
 
@@ -23,7 +24,7 @@ class Captured:
 
 @contextmanager
 def captured(transformer: nn.Module, layer: str) -> Iterator[Captured]:
-    """Capture queries, keys and values of a layer's last call, without changing its output.
+    """Capture queries, keys and values of a layer's last call, without changing its output beyond rounding.
 
     Args:
         transformer: a supported transformer.
@@ -33,11 +34,13 @@ def captured(transformer: nn.Module, layer: str) -> Iterator[Captured]:
         The tensors, which every call of the layer replaces.
 
     Raises:
-        ValueError: if the layer has another processor, for example while draft attention is enabled.
+        ValueError: if the layer has another processor, or while draft attention is enabled.
     """
+    if attachment_of(transformer) is not None:
+        raise ValueError("Draft attention is enabled. Disable it first: capture a dense run.")
     processor = attention_module(transformer, layer).processor
     if not type(processor).__module__.startswith("diffusers."):
-        raise ValueError(f"Need diffusers' own processor, got {type(processor).__name__}. Capture a dense run.")
+        raise ValueError(f"Need diffusers' own processor, got {type(processor).__name__}.")
     tensors = Captured()
 
     def look(call: AttentionCall) -> None:

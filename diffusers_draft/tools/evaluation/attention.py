@@ -115,7 +115,7 @@ def measure_call(
     query: Tensor, key: Tensor, value: Tensor, dense: Tensor, geometry: Tensor, kv_len: Tensor | None,
     scale: float | None, setting: Setting, generator: torch.Generator,
 ) -> list[dict[str, float]]:  # fmt: skip
-    """Measure one setting in one call.
+    """Measure one setting in one call, at its mean sparsity whatever the step: the schedule is left out.
 
     Args:
         query: `(B, S, H, D)`.
@@ -140,7 +140,7 @@ def measure_call(
     if not layout.num_video_blocks:
         raise ValueError(f"The video has fewer tokens than a block of {layout.block}: nothing is sparse.")
     mask = call.select(config.sparsity, SELECTIONS[setting.selection](call, generator))
-    out = attended(call, mask, 0 if call.skips_pairs(config.sparsity) else None).out
+    out = attended(call, mask, config.sparsity).out
     mass = block_mass(call.query, call.key, layout.num_video_blocks, layout.block, call.scale, kv_len)
     best = call.select(config.sparsity, mass[..., : mass.shape[2]])
     columns = (_error(out, dense, call), _kept(mass, mask), _kept(mass, best))

@@ -6,8 +6,7 @@ import torch
 from torch import Tensor
 
 from ...attention.call import Call
-from ...attention.method import Method
-from ...attention.ops import Attended, attended
+from ...attention.ops import Attended, attend_by
 from ...patching.forward import AttentionCall, Hook
 from .mass import block_mass
 
@@ -27,13 +26,13 @@ def oracle(call: Call, generator: torch.Generator) -> Tensor:
 
 
 def local(call: Call, generator: torch.Generator) -> Tensor:
-    """Score by nearness of block centres (a static window); one frame counts as far as one side of a tile."""
+    """Score by nearness of block centres (a static window), counted in tiles."""
     layout = call.layout
     _, rows, columns = layout.grid
     count = layout.num_video_blocks
     raster = (layout.order[: count * layout.block] - layout.prefix).view(count, layout.block)
-    height, width = call.method.tile[-2:]
-    place = (raster // (rows * columns), raster // columns % rows / height, raster % columns / width)
+    depth, height, width = (1, *call.method.tile)[-3:]
+    place = (raster // (rows * columns) / depth, raster // columns % rows / height, raster % columns / width)
     centres = torch.stack([axis.float().mean(1) for axis in place], dim=1)
     nearness = -torch.cdist(centres, centres)
     return nearness.expand(call.query.shape[0], call.query.shape[2], count, count)
@@ -62,10 +61,6 @@ def selecting(selection: str, seed: int) -> Hook:
     def attend(seen: AttentionCall) -> Attended | None:
         if not seen.sparse:
             return None
-        query, key, value, geometry, kv_len, numbers, method, scale = seen.arguments
-        call = Call.order(query, key, value, geometry, kv_len, Method.from_tensor(method), scale)
-        sparsity, number = numbers.tolist()
-        mask = call.select(sparsity, SELECTIONS[selection](call, generator))
-        return attended(call, mask, int(number) if call.skips_pairs(sparsity) else None)
+        return attend_by(lambda call: SELECTIONS[selection](call, generator), *seen.arguments)
 
     return attend

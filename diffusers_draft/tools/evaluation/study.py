@@ -158,6 +158,8 @@ def _selecting(
 def work(before: DraftReport | None, after: DraftReport) -> Json:
     """Compute the density of the latest run's sparse calls, and the share of all block pairs that was computed.
 
+    Both are 1 where there was no call.
+
     Args:
         before: the report before the run; None if it is the first.
         after: the report behind it.
@@ -173,4 +175,5 @@ def work(before: DraftReport | None, after: DraftReport) -> Json:
         densities += [density] * (sparse > 0)
         total += sparse + dense
         computed += dense + sparse * min(1.0, density + exact_rows)
-    return {"density": sum(densities) / len(densities) if densities else 1.0, "computed": computed / total}
+    density = sum(densities) / len(densities) if densities else 1.0
+    return {"density": density, "computed": computed / total if total else 1.0}
