@@ -84,7 +84,7 @@ class Call:
         layout = token_layout((frames, rows, columns), prefix, seq_len, method.tile, query.device)
         differentiable = needs_grad(query, key, value)
         kernel = kernels.choose(method.backend, query.device, query.dtype, head_dim, layout.block, differentiable)
-        steps = steps_for(query.device, differentiable)
+        steps = steps_for(query.device, head_dim, differentiable)
         ordered_query, query_means = steps.order(query, layout)
         ordered_key, key_means = steps.order(key, layout)
         ordered_value, value_means = steps.order(value, layout, average=method.score == "value")

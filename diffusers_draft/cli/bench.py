@@ -42,7 +42,7 @@ def _add_attention(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--head-dim", type=whole(1), default=128)
     parser.add_argument("--text", type=whole(0), default=0, help="text tokens behind the video")
     parser.add_argument("--batch", type=whole(1), default=1)
-    parser.add_argument("--sparsity", type=float, nargs="+", default=[0.9])
+    parser.add_argument("--sparsity", type=float, nargs="+", default=[draft.sparsity])
     parser.add_argument("--budget", nargs="+", choices=["row", "head"], default=[draft.budget], help=default)
     parser.add_argument("--tile", default=format_tile(draft.tile), help=f"tokens of a block ({default})")
     parser.add_argument("--paper", action="store_true", help="also the paper's settings at each sparsity")

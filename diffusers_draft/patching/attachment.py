@@ -27,7 +27,7 @@ _shadows: weakref.WeakKeyDictionary[nn.Module, Shadow] = weakref.WeakKeyDictiona
 """Of every transformer that was ever patched, for its life."""
 
 
-MOST_FORWARDS = 256
+MOST_FORWARDS = 512
 """Sparse forwards of a run that are remembered: each holds small tensors of every layer on the device."""
 
 

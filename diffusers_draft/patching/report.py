@@ -63,7 +63,7 @@ class TransformerReport:
             None if it has not run sparse yet.
         errors: for each sparse layer, by module path, the mean error of its calls in the latest run; empty without
             probes.
-        run: the sparse forwards of the latest run, in turn; at most the last 256.
+        run: the sparse forwards of the latest run, in turn; at most the last 512.
         dense_layers: module paths of the layers left dense.
         steps: denoising steps so far that were `"dense"` and `"sparse"` by the schedule.
         forwards: transformer forwards so far, likewise (more than steps with classifier-free guidance).

@@ -43,9 +43,13 @@ class Steps(Protocol):
     def restore(self, out: Tensor, layout: TokenLayout, correction: Correction | None = None) -> Tensor: ...
 
 
-def steps_for(device: torch.device, differentiable: bool) -> Steps:
-    """Choose the steps: fused on GPUs, plain elsewhere and where gradients are needed."""
-    if differentiable or device.type != "cuda" or not find_spec("triton"):
+MOST_DIMS = 128
+"""Largest head_dim whose tiles fit the shared memory of every GPU that the fused steps run on."""
+
+
+def steps_for(device: torch.device, head_dim: int, differentiable: bool) -> Steps:
+    """Choose the steps: fused on GPUs, plain elsewhere, for larger heads and where gradients are needed."""
+    if differentiable or device.type != "cuda" or head_dim > MOST_DIMS or not find_spec("triton"):
         return plain
     from . import fused
 

@@ -68,10 +68,10 @@ def _fit_kernel(
     variance = tl.sum(centred * centred, 0) / PROBES
     penalty = RIDGE * variance + LEAST * tl.sum(variance, 0) / HEAD_DIM
     weighted = tl.where(probed, centred / penalty[None, :], 0.0)
-    system = tl.dot(weighted, centred.T, input_precision="tf32x3") / PROBES
+    system = tl.dot(weighted, centred.T, input_precision="ieee") / PROBES
     inverse = _inverse(system + (probe[:, None] == probe[None, :]).to(tl.float32), PADDED)
-    fitted = tl.dot(inverse, left, input_precision="tf32x3")
-    matrix = tl.dot(weighted.T, fitted, input_precision="tf32x3") / PROBES
+    fitted = tl.dot(inverse, left, input_precision="ieee")
+    matrix = tl.dot(weighted.T, fitted, input_precision="ieee") / PROBES
     diagonal = tl.sum(tl.where(probe[:, None] == probe[None, :], inverse, 0.0), 1)
     leave_one_out = tl.where(probed, fitted / (diagonal - 1 / PROBES)[:, None], 0.0)
 

@@ -8,8 +8,8 @@ from torch import Tensor
 from ..correct import Correction
 from ..layout import TokenLayout
 
-CORRECTED_ROWS, CORRECTED_TILES = 64, 16
-"""Rows that are corrected at once, and how often with one reading of the matrix."""
+CORRECTED_TILES = 16
+"""How many tiles of rows are corrected with one reading of the matrix."""
 
 
 def order(tokens: Tensor, layout: TokenLayout, average: bool = True) -> tuple[Tensor, Tensor | None]:
@@ -41,7 +41,7 @@ def restore(out: Tensor, layout: TokenLayout, correction: Correction | None = No
     """Put a block-ordered `(B, S, H, D)` tensor back in the original order, contiguous; correct the video blocks."""
     batch, seq_len, heads, head_dim = out.shape
     restored = torch.empty(batch, seq_len, heads, head_dim, dtype=out.dtype, device=out.device)
-    rows = 64 if correction is None else CORRECTED_ROWS
+    rows = 64 if correction is None else corrected_rows(out.dtype)
     tiles = triton.cdiv(seq_len, rows)
     some = 1 if correction is None else CORRECTED_TILES
     matrix, offset = (out, out) if correction is None else (correction.matrix, correction.offset)
@@ -52,6 +52,11 @@ def restore(out: Tensor, layout: TokenLayout, correction: Correction | None = No
         CORRECT=correction is not None, num_warps=4 if correction is None else 8,
     )  # fmt: skip
     return restored
+
+
+def corrected_rows(dtype: torch.dtype) -> int:
+    """Count the rows that are corrected at once: with the matrix they fit the shared memory of small GPUs."""
+    return 32 if dtype == torch.float32 else 64
 
 
 @triton.jit
@@ -101,7 +106,7 @@ def _restore_kernel(
         source = out_ptr + sample * stride_b + head * stride_h + slot[:, None] * stride_s + dims[None, :]
         x = tl.load(source, mask=mask, other=0.0)
         if CORRECT:
-            change = tl.dot(x, matrix, input_precision="tf32x3") + offset[None, :]
+            change = tl.dot(x, matrix, input_precision="ieee") + offset[None, :]
             corrected = tl.where((slot < video)[:, None], x.to(tl.float32) + change, x.to(tl.float32))
             x = _rounded(corrected, x.dtype)
         to = ((sample * seq_len + token) * heads + head)[:, None] * HEAD_DIM + dims[None, :]

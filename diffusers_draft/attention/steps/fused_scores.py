@@ -32,7 +32,7 @@ def block_scores(queries: Tensor, keys: Tensor, values: Tensor | None = None, *,
         outputs = torch.empty_like(values)
         lse = torch.empty(maps, n, dtype=torch.float32, device=queries.device)
         _outputs_kernel[(triton.cdiv(n, 64), maps)](
-            queries, keys, values, outputs, lse, n, scale, TILE=64, **sizes, num_warps=4, num_stages=3
+            queries, keys, values, outputs, lse, n, scale, TILE=64, **sizes, num_warps=4, num_stages=1
         )
     tile, chunk = 128, 32
     _scores_kernel[(triton.cdiv(stride, tile), triton.cdiv(n, tile), maps)](
