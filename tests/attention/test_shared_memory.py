@@ -13,7 +13,7 @@ pytest.importorskip("triton")
 SCRIPT = Path(__file__).with_name("shared_memory.py")
 
 
-@pytest.mark.parametrize("kernel", ["outputs", "scores", "fit", "exact", "restore"])
+@pytest.mark.parametrize("kernel", ["standardise", "outputs", "scores", "fit", "exact", "restore"])
 def test_a_kernel_fits_every_gpu(kernel: str) -> None:
     """99 KB on Ampere, Ada and Blackwell cards for desktops, 227 KB on Hopper."""
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}

@@ -17,9 +17,17 @@ def correct(
 ) -> Correction:
     """Attend exactly with some rows, and fit the correction to them."""
     parts, lse = exact_parts(query[:, rows], key, value, kv_len, scale)
-    if len(rows) > MOST_PROBES:
+    if len(rows) > MOST_PROBES or not _fits(out.device):
         return fit(out[:, rows], merged(parts, lse))
     return fit_parts(out, rows, parts, lse)
+
+
+def _fits(device: torch.device) -> bool:
+    """Return True if the device has the 128 KB of shared memory that a program needs; GPUs for desktops have less."""
+    if device.type != "cuda":
+        return True  # interpreted
+    capability = torch.cuda.get_device_capability(device)
+    return torch.version.hip is None and (capability == (8, 0) or capability[0] in (9, 10))
 
 
 def fit_parts(out: Tensor, rows: Tensor, parts: Tensor, lse: Tensor) -> Correction:
@@ -68,10 +76,10 @@ def _fit_kernel(
     variance = tl.sum(centred * centred, 0) / PROBES
     penalty = RIDGE * variance + LEAST * tl.sum(variance, 0) / HEAD_DIM
     weighted = tl.where(probed, centred / penalty[None, :], 0.0)
-    system = tl.dot(weighted, centred.T, input_precision="ieee") / PROBES
+    system = tl.dot(weighted, centred.T, input_precision="tf32x3") / PROBES
     inverse = _inverse(system + (probe[:, None] == probe[None, :]).to(tl.float32), PADDED)
-    fitted = tl.dot(inverse, left, input_precision="ieee")
-    matrix = tl.dot(weighted.T, fitted, input_precision="ieee") / PROBES
+    fitted = tl.dot(inverse, left, input_precision="tf32x3")
+    matrix = tl.dot(weighted.T, fitted, input_precision="tf32x3") / PROBES
     diagonal = tl.sum(tl.where(probe[:, None] == probe[None, :], inverse, 0.0), 1)
     leave_one_out = tl.where(probed, fitted / (diagonal - 1 / PROBES)[:, None], 0.0)
 

@@ -45,18 +45,40 @@ def block_scores(queries: Tensor, keys: Tensor, values: Tensor | None = None, *,
 
 def _standardised(values: Tensor) -> Tensor:
     """Shift and scale each map's values so that no distance from any output is above 1, in float16."""
-    maps, n, _ = values.shape
-    share = values.new_full((1, 1, n), 1 / n).expand(maps, 1, n)
-    values = values - share @ values  # distances stay, and are not lost in rounding
-    longest = torch.linalg.vector_norm(values, dim=2, keepdim=True).amax(1, keepdim=True)
+    maps, n, head_dim = values.shape
     scaled = torch.empty_like(values, dtype=torch.float16)
-    return torch.mul(values, 0.5 / longest.clamp(min=1e-15), out=scaled)
+    _standardise_kernel[(maps,)](
+        values, scaled, n, HEAD_DIM=head_dim, PADDED_DIM=triton.next_power_of_2(head_dim), TILE=64, num_warps=8
+    )
+    return scaled
 
 
 @triton.jit
 def _load_tile(ptr, map_id, row, dims, n, HEAD_DIM: tl.constexpr):
     mask = (row < n)[:, None] & (dims < HEAD_DIM)[None, :]
     return tl.load(ptr + (map_id * n + row)[:, None] * HEAD_DIM + dims[None, :], mask=mask, other=0.0)
+
+
+@triton.jit
+def _standardise_kernel(v_ptr, scaled_ptr, n, HEAD_DIM: tl.constexpr, PADDED_DIM: tl.constexpr, TILE: tl.constexpr):
+    map_id = tl.program_id(0).to(tl.int64)
+    dims = tl.arange(0, PADDED_DIM)
+    total = tl.zeros([PADDED_DIM], tl.float32)
+    for start in tl.range(0, n, TILE):
+        total += tl.sum(_load_tile(v_ptr, map_id, start + tl.arange(0, TILE), dims, n, HEAD_DIM), 0)
+    mean = total / n  # without it distances stay, and are not lost in rounding
+    longest = tl.zeros([TILE], tl.float32)
+    for start in tl.range(0, n, TILE):
+        row = start + tl.arange(0, TILE)
+        shifted = _load_tile(v_ptr, map_id, row, dims, n, HEAD_DIM) - mean[None, :]
+        shifted = tl.where((row < n)[:, None] & (dims < HEAD_DIM)[None, :], shifted, 0.0)
+        longest = tl.maximum(longest, tl.sum(shifted * shifted, 1))
+    factor = 0.5 / tl.sqrt(tl.maximum(tl.max(longest, 0), 1e-30))
+    for start in tl.range(0, n, TILE):
+        row = start + tl.arange(0, TILE)
+        scaled = (_load_tile(v_ptr, map_id, row, dims, n, HEAD_DIM) - mean[None, :]) * factor
+        to = scaled_ptr + (map_id * n + row)[:, None] * HEAD_DIM + dims[None, :]
+        tl.store(to, scaled.to(tl.float16), mask=(row < n)[:, None] & (dims < HEAD_DIM)[None, :])
 
 
 @triton.jit
