@@ -34,6 +34,7 @@ from diffusers_draft.attention.steps import plain
 from diffusers_draft.cli import main
 from diffusers_draft.config import DraftConfig
 from diffusers_draft.tools.bench import models as bench_models
+from diffusers_draft.tools.bench import predict as bench_predict
 from diffusers_draft.tools.bench import step as bench_step
 from diffusers_draft.tools.bench.shapes import Shape
 from diffusers_draft.tools.evaluation.selection import selecting
@@ -354,6 +355,8 @@ def bench(spoiled: bool) -> tuple[list[bench_step.Step], list[str], dict[str, fl
         bench_models._flow_scheduler(3.0),
         1,
         0.8,
+        bench_models._wan_pipeline(),
+        bench_models._wan_arguments(4),
     )
     attend = Exchange.attend
     kept: list[Tensor] = []
@@ -369,12 +372,14 @@ def bench(spoiled: bool) -> tuple[list[bench_step.Step], list[str], dict[str, fl
         mock.patch.object(Exchange, "attend", spoil),
         mock.patch.object(plain, "select", functools.partial(_select, plain.select, kept)),
     ):
-        options: dict[str, Any] = dict(sparsity=None, budget="head", backend="torch", compiled=False, seconds=0.01)
-        for step in bench_step.run("tiny", device=torch.device("cpu"), split=split, **options):
+        config = DraftConfig(backend="torch", tile=(2, 4, 4), budget="head")
+        densities = bench_predict.densities_to_measure("tiny", config, 10)
+        options: dict[str, Any] = dict(compiled=False, seconds=0.01, device=torch.device("cpu"))
+        for step in bench_step.run("tiny", config, densities, split=split, **options):
             steps.append(step)
             sparse += [step.name] if kept else []
             kept.clear()
-        return steps, sparse, bench_step.predict("tiny", steps, 10)
+        return steps, sparse, bench_predict.predict("tiny", config, steps, 10)
 
 
 def command(rank: int, size: int, store: Path, *arguments: str) -> tuple[int, str, str]:

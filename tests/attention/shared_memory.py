@@ -79,17 +79,10 @@ def targets(name: str) -> dict[int, int]:
     return {90: LIMITS[90]} if name == "fit" else LIMITS
 
 
-print(
-    json.dumps(
-        [
-            {
-                "kernel": kernel.__name__,
-                "target": target,
-                "bytes": shared_bytes(kernel, *launch, target),
-                "limit": limit,
-            }
-            for kernel, *launch in LAUNCHES[sys.argv[1]]
-            for target, limit in targets(sys.argv[1]).items()
-        ]
-    )
-)
+name = sys.argv[1]
+found = [
+    {"kernel": kernel.__name__, "target": target, "bytes": shared_bytes(kernel, *launch, target), "limit": limit}
+    for kernel, *launch in LAUNCHES[name]
+    for target, limit in targets(name).items()
+]
+print(json.dumps(found))

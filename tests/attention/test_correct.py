@@ -556,7 +556,7 @@ def test_gradients_take_the_fit_as_it_is(budget: str, backend: str) -> None:
         fits.append(fit(*arguments))
         return fits[-1]
 
-    with mock.patch("diffusers_draft.attention.call.fit", recording):
+    with mock.patch.object(plain, "fit", recording):
         out, mask = attend(case, tensors, backend=backend)
     matrix, offset = fits[0].matrix.double(), fits[0].offset.double()
     assert matrix.any() and not matrix.requires_grad
