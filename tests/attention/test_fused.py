@@ -95,6 +95,24 @@ def test_ties_do_not_change_the_count(budget: str, sparsity: float) -> None:
     assert kept.diagonal(dim1=-2, dim2=-1).all()
 
 
+@pytest.mark.parametrize("budget", ["head", "row"])
+@pytest.mark.parametrize("wrong", [float("nan"), float("inf"), float("-inf")])
+@pytest.mark.parametrize("where", ["query", "key", "value", "all of it"])
+def test_numbers_that_are_none_do_not_change_the_count(where: str, wrong: float, budget: str) -> None:
+    """A list that grew too long would be written over its neighbours."""
+    means = {name: tokens(1, 2, 19, 24).clone() for name in ("query", "key", "value")}
+    if where == "all of it":
+        means["query"][:, 1] = wrong
+    else:
+        means[where][0, 1, 3, 5] = wrong
+    for value in (None, means["value"]):
+        mask = fused.select(means["query"], means["key"], value, 0.3, 0.7, budget, a_layout(19, 2), None)
+        expected = plain.select(means["query"], means["key"], value, 0.3, 0.7, budget, a_layout(19, 2), None)
+        assert torch.equal(mask.kv_num_blocks.sum(-1), expected.kv_num_blocks.sum(-1))
+        assert mask.kv_indices.gather(-1, mask.kv_num_blocks[..., None].long() - 1).max() == 20
+        assert mask.to_dense().diagonal(dim1=-2, dim2=-1).all()
+
+
 def test_select_in_parts_equals_select_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
     means = [tokens(2, 3, 11, 16) for _ in range(2)]
     whole = fused.select(*means, None, 0.2, 0.6, "head", a_layout(11, 1), None)

@@ -114,13 +114,17 @@ def _load_scores(scores_ptr, map_id, row, n, stride, COLUMNS: tl.constexpr):
 
 
 @triton.jit
-def _keys(scores, lse, row, COLUMNS: tl.constexpr):
-    """Make fixed-point ranks: the own block above all, columns outside the map at -1."""
+def _keys(scores, lse, row, n, COLUMNS: tl.constexpr):
+    """Make fixed-point ranks: the own block above all, columns outside the map at -1, and no others there.
+
+    Scores that are no numbers rank somewhere: as many pairs are kept, and the output is what the model made it.
+    """
     column = tl.arange(0, COLUMNS)
-    gap = tl.maximum(tl.minimum(scores - lse, 0.0), -63.9)
+    gap = scores - lse
+    gap = tl.where(gap > -63.9, tl.minimum(gap, 0.0), -63.9)
     keys = tl.maximum(tl.minimum((gap * 33554432.0).to(tl.int32) + _TOP, _TOP - 1), 0)
     keys = tl.where(column == row, _TOP, keys)
-    return tl.where(scores == float("-inf"), -1, keys)
+    return tl.where(column < n, keys, -1)
 
 
 @triton.jit
@@ -145,7 +149,7 @@ def _histogram_kernel(
         tl.store(lse_ptr + map_id * n + row, lse)
     else:
         lse = tl.load(lse_ptr + map_id * n + row)
-    keys = _keys(scores, lse, row, COLUMNS) >> SHIFT
+    keys = _keys(scores, lse, row, n, COLUMNS) >> SHIFT
     digit = keys & (BINS - 1)
     match = (keys >= 0) & (keys >> BITS == tl.load(threshold_ptr + map_id) >> SHIFT >> BITS)
     if BITS <= 6:
@@ -186,7 +190,7 @@ def _ties_kernel(
     map_id = tl.program_id(1)
     if tl.load(wanted_ptr + map_id) > 0:
         lse = tl.load(lse_ptr + map_id * n + row)
-        keys = _keys(_load_scores(scores_ptr, map_id, row, n, stride, COLUMNS), lse, row, COLUMNS)
+        keys = _keys(_load_scores(scores_ptr, map_id, row, n, stride, COLUMNS), lse, row, n, COLUMNS)
         tl.store(ties_ptr + map_id * n + row, tl.sum((keys == tl.load(threshold_ptr + map_id)).to(tl.int32), 0))
 
 
@@ -232,7 +236,7 @@ def _head_kernel(
     is_video = row < n
     lse = tl.load(lse_ptr + map_id * n + row, mask=is_video, other=0.0)
     ties_before = tl.load(ties_before_ptr + map_id * n + row, mask=is_video, other=0)
-    keys = _keys(_load_scores(scores_ptr, map_id, row, n, stride, COLUMNS), lse, row, COLUMNS)
+    keys = _keys(_load_scores(scores_ptr, map_id, row, n, stride, COLUMNS), lse, row, n, COLUMNS)
     _write_row(
         keys, tl.load(threshold_ptr + map_id), ties_before, tl.load(wanted_ptr + map_id),
         indices_ptr, counts_ptr, map_id, row, kv_len_ptr, n, num_blocks, first, heads, block,
@@ -252,7 +256,7 @@ def _row_kernel(
     keys = tl.full([COLUMNS], -1, tl.int32)
     threshold = row * 0
     if row < n:
-        keys = _keys(scores, tl.max(scores, 0), row, COLUMNS)  # within a row any constant will do
+        keys = _keys(scores, tl.max(scores, 0), row, n, COLUMNS)  # within a row any constant will do
         bit = 30
         found = n
         while (bit >= 0) & (found != wanted):
