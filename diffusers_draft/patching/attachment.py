@@ -6,7 +6,6 @@ import sys
 import warnings
 import weakref
 from collections.abc import Iterator
-from types import FrameType
 from typing import Any
 
 import torch
@@ -18,10 +17,13 @@ from ..families.family import Family, inputs_of
 from .clock import Clock, Moment
 from .forward import Forward, Hook
 from .processors import PatchedLayers
+from .recomputation import Recomputation
 from .records import Counts, LayerRecord, SparseForward
 from .schedule import Schedule, SparseStep
 from .shadow import Shadow
 from .splitting import originals_of, share
+from .stock_when_copied import StockWhenCopied
+from .turn import runs_module
 
 _shadows: weakref.WeakKeyDictionary[nn.Module, Shadow] = weakref.WeakKeyDictionary()
 """Of every transformer that was ever patched, for its life."""
@@ -31,16 +33,7 @@ MOST_FORWARDS = 512
 """Sparse forwards of a run that are remembered: each holds small tensors of every layer on the device."""
 
 
-class _HookOfTransformer:
-    """A module's hook that copies and pickles of the module do not have."""
-
-    def __reduce__(self) -> Any:
-        # A copy or a pickle of a patched transformer is a stock transformer, with a hook from the standard library
-        # that takes three arguments and does nothing.
-        return (getattr, (contextlib.nullcontext(), "__exit__"))
-
-
-class Attachment(_HookOfTransformer):
+class Attachment(StockWhenCopied):
     """Draft attention in one transformer with one group of settings: its hooks, its layers and what they counted.
 
     Args:
@@ -85,6 +78,7 @@ class Attachment(_HookOfTransformer):
         self._replaced = 0
         self._shadow = _shadows.setdefault(transformer, Shadow(family))
         self._layers: PatchedLayers | None = None
+        self._recomputation = Recomputation(self._shadow.forward, sparse_layers)
         self._hook: Hook | None = None
         self._handles: list[Any] = []
 
@@ -112,17 +106,19 @@ class Attachment(_HookOfTransformer):
         except BaseException:
             self.detach()
             raise
-        self.forward.forget_recomputation()
+        self.forward.attached = True
         self.forward.method = self.config.method.to_tensor()
         self.forward.hook = self._hook
 
     def detach(self) -> None:
         """Restore every stock processor that is still replaced by ours. Harmless when done twice."""
         if self.attached:
-            self.forward.sparse = False  # whoever keeps one of our processors and puts it back gets dense attention
+            # Whoever keeps one of our processors and puts it back gets dense attention.
+            self.forward.attached = self.forward.sparse = False
             self.forward.hook = None
         while self._handles:
             self._handles.pop().remove()
+        self._recomputation.forget()
         if self._layers is not None:
             self._layers.take_back()
 
@@ -143,28 +139,34 @@ class Attachment(_HookOfTransformer):
     @torch.compiler.disable
     def __call__(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """Learn the grid and the lengths, decide dense or sparse, and count: the forward pre-hook."""
+        self.forward.begin()
+        try:
+            self._learn(module, args, kwargs)
+        except BaseException:
+            self.forward.end()
+            raise
+        # Behind all other hooks: the forward is not over while they run.
+        hooks: Any = module._forward_hooks
+        hooks.move_to_end(self._handles[-1].id)
+
+    def _learn(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         inputs = inputs_of(module, args, kwargs)
         video = self.family.video(inputs, module.config)
         forward = self.forward
-        forward.geometry = torch.tensor([*video.grid, video.prefix])
+        forward.geometry = torch.tensor([*video.grid, video.prefix], device="cpu")
         assert self._layers is not None, "attached"
         share(forward, module, self.family, self._layers.processors, inputs, video)
         forward.kv_len = video.kv_len
-        if torch.is_grad_enabled() and getattr(module, "gradient_checkpointing", False):
-            forward.will_be_recomputed()
         moment = self.clock.at(inputs["timestep"])
         step = self.schedule.at(moment, inputs["timestep"])
         self.clock.note(moment)
         forward.sparse = step is not None
         if step:
-            forward.numbers = torch.tensor([step.sparsity, step.number], dtype=torch.float64)
+            forward.numbers = torch.tensor([step.sparsity, step.number], dtype=torch.float64, device="cpu")
         self._look_for_replaced(module)
         self.last_grid = video.grid
+        self._recomputation.remember(module, inputs)
         self._count(moment, step)
-        forward.begin()
-        # Behind all other hooks: the forward is not over while they run.
-        hooks: Any = module._forward_hooks
-        hooks.move_to_end(self._handles[-1].id)
 
     def _count(self, moment: Moment | None, step: SparseStep | None) -> None:
         """Count one forward and, when the scheduler has moved on, one step."""
@@ -180,9 +182,8 @@ class Attachment(_HookOfTransformer):
 
     def end(self, failed: bool) -> None:
         """Count the calls of the forward that is over, and keep what its sparse ones left."""
-        if not self.forward.runs_here:  # it failed before it began
+        if not self.forward.end():  # it failed before it began
             return
-        self.forward.end()
         ran = collections.Counter(record.ran for record in self.records.values())
         sparse = self._step is not None
         self.counts.calls["sparse"] += ran["sparse"]
@@ -218,7 +219,7 @@ class Attachment(_HookOfTransformer):
         self.counts.calls["replacement"] += len(replaced)
 
 
-class _End(_HookOfTransformer):
+class _End(StockWhenCopied):
     """The forward hook: notes that the forward is over, also after an error."""
 
     def __init__(self, attachment: Attachment) -> None:
@@ -238,16 +239,8 @@ def attachment_of(transformer: nn.Module) -> Attachment | None:
 def check_not_running(transformer: nn.Module | None) -> None:
     """Raise RuntimeError if this thread is in a forward of a patched transformer."""
     attachment = None if transformer is None else attachment_of(transformer)
-    if attachment and attachment.forward.runs_here and _is_in_a_module():
+    if attachment and attachment.forward.turn.is_held_here and runs_module(sys._getframe()):
         raise RuntimeError(
             f"A forward of {type(transformer).__name__} is running. Enable or disable draft attention between "
             "forwards, for example in callback_on_step_end."
         )
-
-
-def _is_in_a_module() -> bool:
-    """Return True if a module is being called: after Ctrl-C no hook tells that the forward is over."""
-    frame: FrameType | None = sys._getframe()
-    while frame and frame.f_code is not nn.Module._call_impl.__code__:
-        frame = frame.f_back
-    return frame is not None

@@ -8,7 +8,7 @@ from torch import Tensor
 from ..attention.ops import Attended, attend
 from ..attention.ranks.exchange import Exchange
 from .context_parallel import context_parallel
-from .forward import AttentionCall, Forward
+from .forward import AttentionCall, Forward, LayerState
 from .records import SparseCall
 
 Dispatch = Callable[..., Tensor]
@@ -36,26 +36,27 @@ def attention_call(forward: Forward, stock: Dispatch) -> Dispatch:
         backend: Any = None,
         parallel_config: Any = None,
     ) -> Tensor:
+        state = forward.here()
         # A mask over keys alone is the padding that `kv_len` leaves out; layers without one see no padding.
-        masked = attn_mask is not None and (forward.kv_len is None or attn_mask.shape[-2] > 1)
-        if masked and forward.sparse:
-            forward.layer.ran = "mask"
-        sparse = forward.sparse and not masked
+        masked = attn_mask is not None and (state.kv_len is None or attn_mask.shape[-2] > 1)
+        if masked and state.sparse:
+            state.layer.ran = "mask"
+        sparse = state.sparse and not masked
         if sparse and (dropout_p or is_causal or enable_gqa or attention_kwargs):
             raise NotImplementedError(
                 "Draft attention has no dropout, causal or grouped-query attention and takes no attention_kwargs; got "
                 f"dropout_p={dropout_p}, is_causal={is_causal}, enable_gqa={enable_gqa}, {attention_kwargs=}."
             )
-        kv_len = None if attn_mask is None or forward.kv_len is None else forward.kv_len.to(query.device)
-        exchange = exchange_of(forward, parallel_config)
-        if sparse and forward.hook is None:
+        kv_len = None if attn_mask is None or state.kv_len is None else state.kv_len.to(query.device)
+        exchange = exchange_of(state, parallel_config)
+        if sparse and state.hook is None:
             run = exchange.attend if exchange else attend
-            how = forward.geometry, kv_len, forward.numbers, forward.method, scale
-            return _noted(forward, kv_len, run(query, key, value, *how))
+            how = state.geometry, kv_len, state.numbers, state.method, scale
+            return _noted(state, kv_len, run(query, key, value, *how))
 
         if exchange:
             query, key, value = exchange.to_heads(query, key, value)
-        out = _hooked(forward, query, key, value, kv_len, scale, sparse)
+        out = _hooked(state, query, key, value, kv_len, scale, sparse)
         if out is None:
             out = stock(
                 query,
@@ -75,21 +76,21 @@ def attention_call(forward: Forward, stock: Dispatch) -> Dispatch:
     return dispatch_attention_fn
 
 
-def exchange_of(forward: Forward, parallel_config: Any) -> Exchange | None:
+def exchange_of(state: LayerState, parallel_config: Any) -> Exchange | None:
     """Make the exchange of a forward that is split over GPUs; None if it is not.
 
     Args:
-        forward: knows what the ranks share.
+        state: knows what the ranks share.
         parallel_config: what diffusers hands its attention calls.
     """
     split = context_parallel(parallel_config)
-    if not split or forward.shared is None:
+    if not split or state.shared is None:
         return None
-    return Exchange(split._ulysses_mesh.get_group(), forward.shared.shape[0], forward.whole_text)
+    return Exchange(split._ulysses_mesh.get_group(), state.shared.shape[0], state.whole_text)
 
 
 def _hooked(
-    forward: Forward,
+    state: LayerState,
     query: Tensor,
     key: Tensor,
     value: Tensor,
@@ -98,17 +99,17 @@ def _hooked(
     sparse: bool,
 ) -> Tensor | None:
     """Show a call to the hook, if there is one; None where stock attention is to run."""
-    if forward.hook is None:
+    if state.hook is None:
         return None
-    how = forward.geometry, kv_len, forward.numbers, forward.method, scale
-    found = forward.hook(AttentionCall(query, key, value, *how, sparse, forward.layer.path))
+    how = state.geometry, kv_len, state.numbers, state.method, scale
+    found = state.hook(AttentionCall(query, key, value, *how, sparse, state.layer.path))
     if found is None and sparse:
         found = attend(query, key, value, *how)
-    return _noted(forward, kv_len, found) if isinstance(found, Attended) else found
+    return _noted(state, kv_len, found) if isinstance(found, Attended) else found
 
 
-def _noted(forward: Forward, kv_len: Tensor | None, attended: Attended) -> Tensor:
+def _noted(state: LayerState, kv_len: Tensor | None, attended: Attended) -> Tensor:
     """Keep what was computed in the layer's record."""
-    forward.layer.ran = "sparse"
-    forward.layer.call = SparseCall(kv_len, attended.pairs, attended.squares, attended.facts)
+    state.layer.ran = "sparse"
+    state.layer.call = SparseCall(kv_len, attended.pairs, attended.squares, attended.facts)
     return attended.out

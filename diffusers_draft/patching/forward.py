@@ -10,6 +10,7 @@ from torch import Tensor
 from ..attention.method import Method
 from ..attention.ops import Attended
 from .records import LayerRecord
+from .turn import Turn
 
 
 class AttentionCall(NamedTuple):
@@ -35,8 +36,8 @@ Hook = Callable[[AttentionCall], Attended | Tensor | None]
 """Looks into a call, and stands in for it if it returns something: all of `Attended`, or the output alone."""
 
 
-class Forward:
-    """State of a transformer for its life: the running forward, and the settings in force.
+class LayerState:
+    """What a forward leaves for its layers.
 
     Compiled code reads bools and tensors of it alone, so that no layer, no resolution and no setting recompiles.
 
@@ -50,60 +51,80 @@ class Forward:
         whole_text: whether every GPU has tokens behind those.
         layer: the record of the layer that is running.
         hook: looks into every call of the patched layers, or stands in for it.
-        running: ids of the threads that are in a forward.
     """
 
     def __init__(self) -> None:
         self.sparse = False
-        self.geometry = torch.zeros(4, dtype=torch.int64)
+        self.geometry = torch.zeros(4, dtype=torch.int64, device="cpu")
         self.kv_len: Tensor | None = None
-        self.numbers = torch.zeros(2, dtype=torch.float64)
+        self.numbers = torch.zeros(2, dtype=torch.float64, device="cpu")
         self.method = Method().to_tensor()
         self.shared: Tensor | None = None
         self.whole_text = False
         self.layer = LayerRecord("")
         self.hook: Hook | None = None
-        self.running: list[int] = []
-        self.forwards_to_recompute = 0
-        self.recomputed = False
+
+
+class Forward(LayerState):
+    """State of a transformer for its life: the running forward, and the settings in force.
+
+    Attributes:
+        attached: whether settings are in force.
+        open: whether a forward is running.
+        turn: whose it is.
+        recomputed: states of forwards that backwards are running again, by thread.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.attached = False
+        self.open = False
+        self.turn = Turn()
+        self.recomputed: dict[int, LayerState] = {}
+
+    def here(self) -> LayerState:
+        """Get the state for a layer that is called now, in this thread."""
+        if torch.compiler.is_compiling() or not self.recomputed:
+            return self
+        return self.recomputed.get(threading.get_ident(), self)
 
     def enter(self, layer: LayerRecord) -> None:
         """Note which layer is about to run.
 
         Raises:
-            RuntimeError: when gradient checkpointing recomputes a forward whose state a later one has replaced.
+            RuntimeError: if it runs outside of the transformer's forward, whose grid is unknown then.
         """
+        state = self.here()
+        if state is not self:
+            state.layer = LayerRecord(layer.path)  # what happened in the forward itself stays
+            return
+        if self.attached and not (self.open and (torch.compiler.is_compiling() or self.turn.is_held_here)):
+            raise RuntimeError(_strayed(layer))
         self.layer = layer
         layer.ran = "dense"
-        if torch.compiler.is_compiling() or torch._C._current_graph_task_id() == -1:  # not in a backward
-            return
-        if self.forwards_to_recompute > 1:
-            raise RuntimeError(
-                f"{self.forwards_to_recompute} forwards ran before this backward. Under gradient checkpointing draft "
-                "attention can recompute only the latest: run backward after each forward, or disable one of the two."
-            )
-        self.recomputed = True
-
-    def will_be_recomputed(self) -> None:
-        """Note that gradient checkpointing will run this forward's layers again."""
-        self.forwards_to_recompute = 1 if self.recomputed else self.forwards_to_recompute + 1
-        self.recomputed = False
-
-    def forget_recomputation(self) -> None:
-        """Forget forwards whose backward never came."""
-        self.forwards_to_recompute, self.recomputed = 0, False
 
     def begin(self) -> None:
-        """Note that this thread is in a forward, and in none that was interrupted."""
-        self.end()
-        self.running.append(threading.get_ident())
+        """Wait for this thread's turn; what was recomputed in it before is over."""
+        self.turn.take()
+        self.recomputed.pop(threading.get_ident(), None)
+        self.open = True
 
-    def end(self) -> None:
-        """Note that this thread's forward is over."""
-        if threading.get_ident() in self.running:
-            self.running.remove(threading.get_ident())
+    def end(self) -> bool:
+        """Note that this thread's forward is over; return False if there was none."""
+        if not self.turn.is_held_here:
+            return False
+        self.open = False
+        return self.turn.give()
 
-    @property
-    def runs_here(self) -> bool:
-        """Whether this thread is in a forward."""
-        return threading.get_ident() in self.running
+
+def _strayed(layer: LayerRecord) -> str:
+    """Say why a layer's forward is unknown."""
+    if not torch.compiler.is_compiling() and torch._C._current_graph_task_id() != -1:
+        return (
+            f"A backward runs the layer {layer.path} again, and nothing tells for which forward. Checkpoint whole "
+            "blocks, as transformer.enable_gradient_checkpointing() does, or disable draft attention first."
+        )
+    return (
+        f"The layer {layer.path} was called outside of its transformer's forward, which tells it the grid. Call the "
+        "transformer itself, not its blocks nor its method forward, or disable draft attention first."
+    )

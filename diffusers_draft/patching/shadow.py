@@ -122,7 +122,8 @@ def _patched_class(
     @functools.wraps(upstream)
     def __call__(processor: Any, *args: Any, **kwargs: Any) -> Any:
         forward.enter(processor.record)
-        if stock_when_dense and not forward.sparse and forward.hook is None:
+        state = forward.here()
+        if stock_when_dense and not state.sparse and state.hook is None:
             return upstream(processor, *args, **kwargs)
         return call(processor, *args, **kwargs)
 

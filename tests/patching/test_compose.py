@@ -406,63 +406,6 @@ def test_pickle_does_not_need_this_package() -> None:
     assert b"diffusers_draft" not in pickle.dumps(model)
 
 
-def gradients(model: torch.nn.Module, *batches: models.Inputs) -> dict[str, Tensor]:
-    """Of one backward through the forwards of all batches."""
-    model.zero_grad()
-    sum(model(**inputs).sample.square().mean() for inputs in batches).backward()
-    return {name: parameter.grad.clone() for name, parameter in model.named_parameters() if parameter.grad is not None}
-
-
-def assert_close(found: dict[str, Tensor], expected: dict[str, Tensor]) -> None:
-    assert found.keys() == expected.keys()
-    largest = max(value.norm() for value in expected.values())
-    for name, value in expected.items():
-        assert (found[name] - value).norm() < 1e-5 * value.norm() + 1e-6 * largest, name
-
-
-@pytest.mark.parametrize("name", ["wan", "hunyuan_video"])
-def test_training(name: str) -> None:
-    tiny = models.TINY[name]
-    model, inputs = tiny.build().train(), tiny.inputs(2)
-    stock = gradients(model, inputs)
-    with enable_draft_attention(model, sparsity=0):
-        assert_close(gradients(model, inputs), stock)
-    with enable_draft_attention(model, sparsity=0.8):
-        sparse = gradients(model, inputs)
-        layer = tiny.layers[-1]
-        assert error(sparse[f"{layer}.to_q.weight"], stock[f"{layer}.to_q.weight"]) > 1e-2
-        model.enable_gradient_checkpointing()
-        assert_close(gradients(model, inputs), sparse)
-
-
-@pytest.mark.parametrize(
-    ("name", "other", "options"),
-    [
-        ("wan", dict(grid=(3, 17, 13)), {}),
-        ("wan", dict(grid=(3, 13, 17), timestep=990), {}),
-        ("hunyuan_video", dict(lengths=(3,)), {}),
-        ("MochiTransformer3DModel", dict(timestep=990), dict(dense_timestep=900)),
-    ],
-    ids=["grid", "step", "lengths", "step that runs upstream's code"],
-)
-def test_gradient_checkpointing_through_two_forwards(
-    name: str, other: dict[str, Any], options: dict[str, float]
-) -> None:
-    """The backward would compute the first forward again with the second one's grid, lengths or schedule."""
-    tiny = models.TINY[name]
-    model = tiny.build().train()
-    enable_draft_attention(model, sparsity=0.8, **options)
-    expected = gradients(model, tiny.inputs(**other))
-    model.enable_gradient_checkpointing()
-    with pytest.raises(RuntimeError, match="2 forwards ran before this backward"):
-        gradients(model, tiny.inputs(), tiny.inputs(**other))
-    model.zero_grad()
-    disable_draft_attention(model)
-    enable_draft_attention(model, sparsity=0.8, **options)
-    for _ in range(2):
-        assert_close(gradients(model, tiny.inputs(**other)), expected)
-
-
 def test_diffusers_is_not_patched() -> None:
     """Nothing of diffusers itself changes, only the processors of this one model."""
     dispatch = diffusers.models.transformers.transformer_wan.dispatch_attention_fn
