@@ -50,6 +50,13 @@ def speed_section() -> str:
         "|---|---|---|---|---|---|",
         *(_step(record) for record in records.values() if "prediction" in record and not _gpus(record)),
     ]
+    if runs := [line for record in records.values() if "runs" in record for line in _runs(record)]:
+        lines += [
+            "",
+            "| A whole run | steps | s | against the best dense | predicted, s | memory, GiB |",
+            "|---|---|---|---|---|---|",
+            *runs,
+        ]
     if over_gpus := [_over_gpus(record) for record in records.values() if _gpus(record)]:
         lines += [
             "",
@@ -65,7 +72,8 @@ def speed_page() -> str:
     records = _records().values()
     attention = [_attention(record) for record in records if "rows" in record]
     models = [_model(record) for record in records if "prediction" in record]
-    return "\n\n".join(["# Speed, row by row", *attention, *models])
+    runs = [_run_page(record) for record in records if "runs" in record]
+    return "\n\n".join(["# Speed, row by row", *attention, *models, *runs])
 
 
 def plot_sweep(path: Path) -> None:
@@ -125,11 +133,14 @@ def _gpus(record: dict[str, Any]) -> int:
 
 
 def _best_dense_step(record: dict[str, Any]) -> dict[str, Any]:
-    return min((step for step in record["steps"][:-1] if step["name"] not in NOT_DENSE), key=lambda s: s["step_ms"])
+    dense = [step for step in record["steps"][:-1] if step["name"] not in NOT_DENSE and step.get("density") is None]
+    return min(dense, key=lambda step: step["step_ms"])
 
 
 def _step_name(record: dict[str, Any]) -> str:
-    return f"{record['model']}, {_compiled(record)}, sparsity {record['steps'][-1]['name'].removeprefix('draft ')}"
+    config = record["options"].get("config")  # records of 0.1 have the sparsity in a name
+    sparsity = f"{config['sparsity']:g}" if config else record["steps"][-1]["name"].removeprefix("draft ")
+    return f"{record['model']}, {_compiled(record)}, sparsity {sparsity}"
 
 
 def _ms(record: dict[str, Any], name: str) -> float:
@@ -160,6 +171,36 @@ def _step(record: dict[str, Any]) -> str:
         f"{draft['memory_gib']:.2f} for {dense['memory_gib']:.2f}",
     ]
     return f"| {' | '.join(cells)} |"
+
+
+def _runs(record: dict[str, Any]) -> list[str]:
+    """Return a row for each run of a model; the first is the best dense one."""
+    name = f"{record['model']}, {_compiled(record)}, {record['environment']['device']}"
+    best = record["runs"][0]["seconds"]
+    lines = []
+    for run in record["runs"]:
+        some = "" if len(run["step_s"]) == run["steps"] else f" ({len(run['step_s'])} timed)"
+        cells = [f"{name}: {run['name']}", f"{run['steps']}{some}", f"{run['seconds']:.0f}"]
+        cells.append(f"**{best / run['seconds']:.2f}x**")
+        cells.append("" if run["predicted_s"] is None else f"{run['predicted_s']:.0f}")
+        cells.append(f"{run['memory_gib']:.2f}")
+        lines.append(f"| {' | '.join(cells)} |")
+    return lines
+
+
+def _run_page(record: dict[str, Any]) -> str:
+    """Return the steps of every run of a model."""
+    lines = [
+        f"**{record['model']}**: whole runs through diffusers' pipeline with random weights, {_compiled(record)}.",
+        "",
+        "| attention | seconds of each step that was timed | density of each forward |",
+        "|---|---|---|",
+    ]
+    for run in record["runs"]:
+        seconds = ", ".join(f"{step:.2f}" for step in run["step_s"])
+        densities = "1" if run["densities"] is None else ", ".join(f"{density:.2f}" for density in run["densities"])
+        lines.append(f"| {run['name']} | {seconds} | {densities} |")
+    return "\n".join([*lines, "", _source(record)])
 
 
 def _compiled(record: dict[str, Any]) -> str:
@@ -221,7 +262,7 @@ def _model(record: dict[str, Any]) -> str:
         if step["name"] != ONE_GPU
     ]
     run = (
-        f"With the family's dense layers a sparse step takes {prediction['sparse_step_ms']:.0f} ms, "
+        f"With dense layers, if there are, a sparse step takes {prediction['sparse_step_ms']:.0f} ms on average, "
         f"{prediction['step_speedup']:.2f}x faster than the best dense one. A run of {prediction['steps']} steps, "
         f"{prediction['dense_steps']} of them dense, is predicted to take {prediction['draft_s']:.0f} s instead of "
         f"{prediction['dense_s']:.0f} s ({prediction['run_speedup']:.2f}x)."

@@ -328,6 +328,20 @@ def test_readme_and_the_page_show_the_recorded_results() -> None:
     assert (root / "docs" / "speed.md").read_text() == speed_page() + "\n"
 
 
+def test_whole_runs_have_a_table_of_their_own(monkeypatch: pytest.MonkeyPatch) -> None:
+    dense = {"name": "dense fa4", "steps": 10, "step_s": [20.0, 22.0], "seconds": 220.0, "predicted_s": 210.4}
+    draft = {"name": "draft 0.8", "steps": 10, "step_s": [9.0] + [6.0] * 9, "seconds": 63.0, "predicted_s": None}
+    runs = [dense | {"densities": None, "memory_gib": 8.0}, draft | {"densities": [0.6, 0.1], "memory_gib": 8.126}]
+    facts = {"device": "NVIDIA H200", "torch": "2.11.0", "date": "2026-11-28", "command": "diffusers-draft bench run"}
+    record = {"environment": facts, "model": "wan-14b-768p", "options": {"compiled": True}, "runs": runs}
+    monkeypatch.setattr(tables, "_records", lambda: {"run": record})
+    section, page = speed_section().splitlines(), speed_page()
+    name = "wan-14b-768p, compiled, NVIDIA H200"
+    assert f"| {name}: dense fa4 | 10 (2 timed) | 220 | **1.00x** | 210 | 8.00 |" in section
+    assert f"| {name}: draft 0.8 | 10 | 63 | **3.49x** |  | 8.13 |" in section
+    assert "| dense fa4 | 20.00, 22.00 | 1 |" in page and "| 0.60, 0.10 |" in page
+
+
 def test_several_gpus_have_a_table_of_their_own(monkeypatch: pytest.MonkeyPatch) -> None:
     record = tables._records()["model-wan-14b-768p-compiled"]
     alone = record["steps"][-1] | {"name": step.ONE_GPU, "step_ms": 5000.0}
