@@ -1,11 +1,14 @@
 """Which step of which run is this? The pipeline's scheduler tells, without waiting for the GPU."""
 
+import sys
 import weakref
 from collections.abc import Callable
 from dataclasses import dataclass
+from types import FrameType
 from typing import Any
 
 import torch
+from diffusers import ConfigMixin
 from torch import Tensor
 from torch.utils.weak import WeakTensorKeyDictionary
 
@@ -36,11 +39,17 @@ class Moment:
 class Clock:
     """Tells the moment of a forward. All transformers of a pipeline share one, as they share one scheduler.
 
-    The scheduler is the one that the pipeline has at the moment, or that it had last if the pipeline is gone and
-    another one has its parts. Where it counts no steps (DDIM has no `step_index`; diffusion forcing steps copies of
-    its scheduler, and Helios' distilled one never counts), the step is the one whose timestep is nearest to the
-    forward's largest, and a run begins with the first step that was noted of it, which comes late if draft attention
-    is enabled in the middle. Under diffusion forcing a forward is thus as far as the noisiest of its frames.
+    The scheduler is that of the diffusers pipeline whose method calls the forward, found on the Python stack: one
+    transformer may be in many pipelines, and each may get a new scheduler at any time. It is believed without a look
+    at the timestep. Where none calls (a loop of one's own, training), the scheduler is that of the pipeline that draft
+    attention was enabled on, or that it had last if it is gone. It is believed if it is in the middle of a run and at
+    the forward's timestep. On the CPU every forward's is compared. On a GPU this waits, so that it is done only where
+    the scheduler has not moved since the last forward: stale ones do not. Otherwise nothing tells.
+
+    Where the scheduler counts no steps (DDIM has no `step_index`; diffusion forcing steps copies of its scheduler, and
+    Helios' distilled one never counts), the step is the one whose timestep is nearest to the forward's largest, and a
+    run begins with the first step that was noted of it, which comes late if draft attention is enabled in the middle.
+    Under diffusion forcing a forward is thus as far as the noisiest of its frames.
 
     Args:
         pipe: a pipeline, or anything else: a transformer alone has no scheduler.
@@ -52,6 +61,7 @@ class Clock:
         self._last_scheduler = _weakly(getattr(pipe, "scheduler", None))
         self._scheduler_units = scheduler_units
         self._begun = WeakTensorKeyDictionary()
+        self._last_position: tuple[Tensor | None, int | None] = (None, None)
 
     def at(self, timestep: Tensor) -> Moment | None:
         """Tell the moment of a forward; None where no scheduler tells it.
@@ -59,10 +69,13 @@ class Clock:
         Args:
             timestep: the forward's argument, any shape, in the scheduler's units. It is read, which waits for the
                 GPU, where the scheduler does not know the step: before a run's first step unless the pipeline has
-                told it where the run begins, and if it counts no steps.
+                told it where the run begins, and if it counts no steps; and where no pipeline calls, as said above.
         """
-        scheduler = self._scheduler()
-        if scheduler is None:
+        pipe = _calling_pipeline(sys._getframe())
+        scheduler: Any = self._known_scheduler() if pipe is None else pipe.scheduler
+        if not self._tells(scheduler):
+            return None
+        if pipe is None and not self._is_running(scheduler, timestep):
             return None
         run = scheduler.timesteps
         timesteps = _values(run)
@@ -90,14 +103,50 @@ class Clock:
         # Video-to-video runs start in the middle, and not every pipeline tells the scheduler so.
         return _nearest(timestep, timesteps) if self._scheduler_units else 0
 
-    def _scheduler(self) -> Any | None:
-        """Get the scheduler, if it can tell the step."""
+    def _known_scheduler(self) -> Any | None:
         pipe = self._pipe()
         if pipe is not None:
             self._last_scheduler = _weakly(getattr(pipe, "scheduler", None))
-        scheduler = self._last_scheduler()
+        return self._last_scheduler()
+
+    def _tells(self, scheduler: Any) -> bool:
+        """Return True if a scheduler can tell the step of a run."""
         counts = self._scheduler_units or hasattr(scheduler, "step_index")
-        return scheduler if counts and isinstance(getattr(scheduler, "timesteps", None), torch.Tensor) else None
+        return counts and isinstance(getattr(scheduler, "timesteps", None), Tensor) and _is_set(scheduler)
+
+    def _is_running(self, scheduler: Any, timestep: Tensor) -> bool:
+        """Return True if a scheduler is at the timestep of a forward that no pipeline calls."""
+        run, index = scheduler.timesteps, getattr(scheduler, "step_index", None)
+        (last_run, last_index), self._last_position = self._last_position, (run, index)
+        if index is not None and index >= len(run):
+            return False
+        if not self._scheduler_units:
+            return True
+        if timestep.device.type != "cpu" and hasattr(scheduler, "step_index"):
+            begins = run is not last_run and index is None and scheduler.begin_index is not None
+            if begins or (run is last_run and index != last_index):
+                return True
+        timesteps = _values(run)
+        expected = timesteps[self._step(scheduler, timestep, timesteps)]
+        return abs(float(timestep.max()) - expected) <= _rounding(timestep.dtype, expected)
+
+
+def _calling_pipeline(frame: FrameType | None) -> Any | None:
+    """Find the innermost diffusers pipeline, modular or not, whose method called this frame."""
+    while frame:
+        if frame.f_code.co_varnames[:1] == ("self",):
+            caller = frame.f_locals.get("self")
+            if isinstance(caller, ConfigMixin) and hasattr(caller, "scheduler"):
+                return caller
+        frame = frame.f_back
+    return None
+
+
+def _is_set(scheduler: Any) -> bool:
+    """Return True if `set_timesteps` was called: a new scheduler has all the timesteps of its training."""
+    if getattr(scheduler, "num_inference_steps", None) is not None:
+        return True
+    return len(scheduler.timesteps) != getattr(getattr(scheduler, "config", None), "num_train_timesteps", None)
 
 
 @read_once
@@ -114,6 +163,11 @@ def _nearest(timestep: Tensor, timesteps: tuple[float, ...]) -> int:
     first = min(range(len(timesteps)), key=lambda step: abs(timesteps[step] - value))
     later = (step for step in range(first + 1, len(timesteps)) if timesteps[step] == timesteps[first])
     return next(later, first)
+
+
+def _rounding(dtype: torch.dtype, value: float) -> float:
+    """Compute how far a timestep in the model's dtype may lie from the scheduler's; loops also round to whole ones."""
+    return max(1.0, torch.finfo(dtype).eps * abs(value)) if dtype.is_floating_point else 1.0
 
 
 def _weakly(thing: Any) -> Callable[[], Any]:

@@ -83,7 +83,7 @@ class Schedule:
 
     def _alone(self, timestep: Tensor) -> SparseStep | None:
         self._warn_of_unknown_run()
-        limit = math.inf if self._dense_steps == 0 else self._dense_timestep
+        limit = self._limit_alone
         top = None if self._shape is constant else self._top_timestep
         if top is None and limit == math.inf:
             return SparseStep(self._sparsity, 0)
@@ -97,6 +97,15 @@ class Schedule:
             return None
         index = min(range(len(left)), key=lambda index: abs(left[index] - value / top))
         return SparseStep(self._sparsity_at(left, index), index)
+
+    @property
+    def _limit_alone(self) -> float:
+        """The timestep above which a forward without a moment is dense: a share of the run is one of the noise."""
+        if self._dense_steps == 0:
+            return math.inf
+        if self._dense_steps is None or self._top_timestep is None:
+            return self._dense_timestep
+        return (1 - self._dense_steps) * self._top_timestep
 
     def _sparsity_at(self, left: list[float], index: int) -> float:
         if self._shape is constant:
@@ -123,12 +132,13 @@ class Schedule:
         if not self._dense_steps or self._warned:
             return
         self._warned = True
-        limit = self._dense_timestep
+        limit = self._limit_alone
         dense = "no step is dense" if limit == math.inf else f"steps above the timestep {limit:g} are dense"
         warnings.warn(
-            f"dense_steps={self._dense_steps:g} is a share of a run, and nothing tells the step of this one: the "
-            "pipeline has no scheduler with timesteps, or it is one without a step_index for a model that gets "
-            f"timesteps in other units. So {dense}.",
+            f"dense_steps={self._dense_steps:g} is a share of a run, and nothing tells the step of this one: no "
+            "pipeline runs the transformer and its scheduler is not at this timestep of a run, or the pipeline has no "
+            "scheduler with timesteps, or it is one without a step_index for a model that gets timesteps in other "
+            f"units. So {dense}.",
             stacklevel=2,
         )
 

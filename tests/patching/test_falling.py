@@ -263,6 +263,18 @@ def test_a_scheduler_put_in_after_enabling() -> None:
     check_run(handle, 0.8, range(3))
 
 
+def test_a_pipeline_for_each_request() -> None:
+    pipe = models.wan_pipeline()
+    handle = enable_draft_attention(pipe, 0.8)
+    for steps in (6, 3):
+        scheduler = FlowMatchEulerDiscreteScheduler(shift=5.0)
+        request = diffusers.WanPipeline(**pipe.components | {"scheduler": scheduler})
+        request.set_progress_bar_config(disable=True)
+        run_wan(request, steps=steps)
+        check_run(handle, 0.8, range(steps))
+        assert one(handle).steps["dense"] == 0
+
+
 def test_two_stages_are_two_runs() -> None:
     """LTX: a small video, then few steps on a large one."""
     scheduler = FlowMatchEulerDiscreteScheduler()

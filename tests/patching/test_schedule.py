@@ -23,6 +23,7 @@ import diffusers_draft
 from diffusers_draft import DraftHandle
 from diffusers_draft.attention.ops import Attended
 from diffusers_draft.patching import dispatch
+from diffusers_draft.patching.clock import Clock
 
 SMALL = (1, 8, 16)
 """One block: what is dense here is decided by the schedule alone."""
@@ -340,21 +341,177 @@ def test_dense_steps_outlive_their_pipeline() -> None:
 
 
 @pytest.mark.parametrize("scheduler", [None, PNDMScheduler()])
-@pytest.mark.parametrize(("options", "dense"), [({}, [True, False]), (dict(dense_timestep=math.inf), [False, False])])
-def test_dense_steps_that_nothing_tells_warn_once(
-    scheduler: Any, options: dict[str, float], dense: list[bool], monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize("options", [{}, dict(dense_timestep=math.inf)])
+def test_dense_steps_that_nothing_tells_warn_once_and_are_a_share_of_the_noise(
+    scheduler: Any, options: dict[str, float], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Without a scheduler, and with one that has no timesteps yet: the family's timestep decides, if there is one."""
+    """Without a scheduler, and with one that has no timesteps yet."""
     transformer = models.wan()
     handle = enable_draft_attention(Loop(scheduler, transformer=transformer), dense_steps=0.5, **options)
     seen = watch(handle, transformer)
     reads = count_reads(monkeypatch)
     with pytest.warns(UserWarning, match=r"dense_steps=0\.5 is a share.*nothing tells the step") as caught:
-        for timestep in (950, 500):
+        for timestep in (950, 510, 500, 20):
             wan_forward(transformer, timestep)
     assert len(caught) == 1
-    assert seen == dense
-    assert reads["__float__"] == (0 if options else 2)
+    assert seen == [True, True, False, False]
+    assert reads["__float__"] == 4
+
+
+def test_dense_steps_that_nothing_tells_are_none_where_timesteps_do_not_tell_the_noise() -> None:
+    tiny = models.TINY["CosmosTransformer3DModel"]
+    transformer = tiny.build()
+    handle = enable_draft_attention(Loop(None, transformer=transformer), dense_steps=0.5)
+    with pytest.warns(UserWarning, match=r"dense_steps=0\.5 is a share.*no step is dense"):
+        models.forward(transformer, tiny.inputs(1, SMALL, 0.9))
+    assert counts(handle, "forwards") == {"dense": 0, "sparse": 1}
+
+
+# One transformer, many schedulers
+
+
+def request(pipe: Any) -> WanPipeline:
+    """What a server makes for each request."""
+    return quiet(WanPipeline(**pipe.components | {"scheduler": models.wan_scheduler()}))
+
+
+def quiet(pipe: Any) -> Any:
+    pipe.set_progress_bar_config(disable=True)
+    return pipe
+
+
+def run_and_stop_in_the_middle(pipe: Any) -> None:
+    def stop(*_: Any) -> None:
+        raise InterruptedError
+
+    with pytest.raises(InterruptedError):
+        run_wan(pipe, grid=SMALL, steps=6, callback_on_step_end=stop)
+
+
+BEFORE: dict[str, Any] = {
+    "never run": lambda pipe: None,
+    "run": lambda pipe: run_wan(pipe, grid=SMALL, steps=3),
+    "stopped in the middle": run_and_stop_in_the_middle,
+}
+
+
+@pytest.mark.parametrize("before", BEFORE)
+@pytest.mark.parametrize("make", [request, lambda pipe: quiet(WanPipeline.from_pipe(pipe, scheduler=euler()))])
+def test_the_scheduler_of_the_pipeline_that_runs_counts(make: Any, before: str) -> None:
+    pipe = models.wan_pipeline()
+    handle = enable_draft_attention(pipe, dense_steps=0.5)
+    BEFORE[before](pipe)
+    seen = watch(handle, pipe.transformer)
+    for steps in (4, 6):
+        other = make(pipe)
+        assert other.transformer is pipe.transformer and other.scheduler is not pipe.scheduler
+        run_wan(other, grid=SMALL, steps=steps, guidance_scale=1.0)
+    run_wan(pipe, grid=SMALL, steps=2, guidance_scale=1.0)
+    assert seen == [True] * 2 + [False] * 2 + [True] * 3 + [False] * 3 + [True, False]
+
+
+def test_a_pipeline_within_a_run_of_another_has_its_own_steps() -> None:
+    pipe = models.wan_pipeline()
+    handle = enable_draft_attention(pipe, dense_steps=0.5)
+    seen = watch(handle, pipe.transformer)
+
+    def run_another(_: Any, step: int, timestep: int, inputs: dict[str, Any]) -> dict[str, Any]:
+        run_wan(request(pipe), grid=SMALL, steps=2, guidance_scale=1.0)
+        return inputs
+
+    run_wan(pipe, grid=SMALL, steps=4, guidance_scale=1.0, callback_on_step_end=run_another)
+    assert seen == [dense for outer in (True, True, False, False) for dense in (outer, True, False)]
+
+
+def test_a_transformer_that_was_enabled_alone_follows_the_pipeline_that_runs_it() -> None:
+    pipe = models.wan_pipeline()
+    handle = diffusers_draft.enable_draft_attention(pipe.transformer)
+    run_wan(pipe, grid=SMALL, steps=5)
+    (report,) = handle.report().transformers
+    assert [forward.step for forward in report.run] == [step for step in range(5) for _ in range(2)]
+    assert sum(forward.asked for forward in report.run) / 10 == pytest.approx(0.2)
+
+
+@pytest.mark.parametrize("before", BEFORE)
+def test_a_loop_with_a_scheduler_of_its_own_goes_by_its_timesteps(before: str) -> None:
+    """Draft attention does not know its scheduler, and that of the pipeline is not the one that runs."""
+    pipe = models.wan_pipeline()
+    handle = enable_draft_attention(pipe, dense_timestep=800)
+    BEFORE[before](pipe)
+    seen = watch(handle, pipe.transformer)
+    for timestep in (990.0, 970.0, 810.0, 790.0, 100.0):
+        wan_forward(pipe.transformer, timestep)
+    assert seen == [True] * 3 + [False] * 2
+
+
+@pytest.mark.parametrize("before", BEFORE)
+@pytest.mark.parametrize("scheduler", [models.wan_scheduler, euler])
+@pytest.mark.filterwarnings("ignore:dense_steps")
+def test_every_forward_of_a_training_goes_by_its_own_timestep(scheduler: Any, before: str) -> None:
+    pipe = models.wan_pipeline(scheduler=scheduler())
+    handle = enable_draft_attention(pipe, dense_steps=0.25)
+    BEFORE[before](pipe)
+    check_training(handle, pipe.transformer)
+
+
+@pytest.mark.parametrize("steps", [None, 10])
+@pytest.mark.filterwarnings("ignore:dense_steps")
+def test_every_forward_of_a_training_with_a_scheduler_that_counts_no_steps(steps: int | None) -> None:
+    transformer, scheduler = models.wan(), DDIMScheduler()
+    if steps:
+        scheduler.set_timesteps(steps)
+    check_training(enable_draft_attention(Loop(scheduler, transformer=transformer), dense_steps=0.25), transformer)
+
+
+def check_training(handle: DraftHandle, transformer: torch.nn.Module) -> None:
+    seen = watch(handle, transformer)
+    timesteps = [303.0, 903.0, 603.0, 810.0, 740.0, 760.0, 5.0]
+    for timestep in timesteps:
+        transformer(**models.wan_inputs(1, SMALL, timestep)).sample.sum().backward()
+    assert seen == [timestep > 750 for timestep in timesteps]
+
+
+class OnGpu:
+    """A timestep that counts how often it is read."""
+
+    device = torch.device("cuda")
+    dtype = torch.bfloat16
+
+    def __init__(self, value: float) -> None:
+        self.value = value
+        self.reads = 0
+
+    def max(self) -> float:
+        self.reads += 1
+        return self.value
+
+
+def test_a_loop_on_a_gpu_waits_only_where_its_scheduler_stands_still() -> None:
+    scheduler = euler()
+    loop = Loop(scheduler, transformer=None)
+    clock = Clock(loop)
+    scheduler.set_timesteps(4)
+    scheduler.set_begin_index(0)
+    for step, timestep in enumerate(scheduler.timesteps):
+        for forward in range(2):
+            given: Any = OnGpu(float(timestep))
+            moment = clock.at(given)
+            assert moment is not None and moment.step == step
+            assert given.reads == forward
+        scheduler.step(torch.zeros(1), timestep, torch.zeros(1))
+    stale: Any = OnGpu(500.0)
+    assert clock.at(stale) is None and stale.reads == 0  # its run is over
+
+
+def test_a_stale_scheduler_is_found_out_on_a_gpu() -> None:
+    scheduler = euler()
+    loop = Loop(scheduler, transformer=None)
+    clock = Clock(loop)
+    scheduler.set_timesteps(4)
+    scheduler.step(torch.zeros(1), scheduler.timesteps[0], torch.zeros(1))
+    for value in (999.0, 300.0, 600.0):
+        given: Any = OnGpu(value)
+        assert clock.at(given) is None
 
 
 def count_reads(monkeypatch: pytest.MonkeyPatch) -> Counter[str]:
