@@ -7,6 +7,7 @@ from typing import Any
 from .. import DraftConfig, enable_draft_attention
 from ..attention.draft import SCORES
 from ..attention.method import format_tile, parse_tile
+from ..config import parse_share
 from ..schedules import SCHEDULES
 from . import CommandError, one_line
 from .model_options import add_model_options, call, check_packages, image, loaded
@@ -41,7 +42,10 @@ def add_parser(subparsers: argparse._SubParsersAction) -> None:
         "--tile", default=format_tile(draft.tile), help=f"tokens of a block ({default}; the paper: 8x16)"
     )
     parser.add_argument(
-        "--dense-steps", type=float, metavar="SHARE", help="of the run that stays dense (default: by the schedule)"
+        "--dense-steps",
+        type=parse_share,
+        metavar="SHARE",
+        help="of the run that stays dense (default: by the schedule)",
     )
     parser.add_argument("--backend", default=draft.backend, help=f"what computes the sparse attention ({default})")
     parser.add_argument("--dense", action="store_true", help="leave draft attention out, to compare with")

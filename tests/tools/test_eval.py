@@ -271,6 +271,7 @@ def test_full_disk_is_one_line_and_keeps_what_was_done(folder, tmp_path, monkeyp
         ([], "There is nothing to compare"),
         (["--sparsity", "2"], "sparsity must be in [0, 1), got 2.0"),
         (["--sparsity", "much"], "sparsity cannot be 'much'"),
+        (["--dense-steps", "0.5", "1"], "got 1. For one step of 50 give 0.02, for all of them 1.0"),
         (["--tile", "8by16"], "tile cannot be '8by16'"),
         (["--selection", "best"], "selection cannot be 'best': expected one of draft, random, local, oracle"),
         (

@@ -221,6 +221,7 @@ def test_pipeline_class_follows_the_model_index():
         ("wan", ["--sparsity", "1.5"], "sparsity must be in [0, 1), got 1.5"),
         ("wan", ["--tile", "8by8"], "A tile is numbers of tokens joined by x, as in 2x8x8, got '8by8'"),
         ("wan", ["--dense-steps", "2"], "dense_steps is a share of the run"),
+        ("wan", ["--dense-steps", "1"], "got 1. For one step of 50 give 0.02, for all of them 1.0"),
         ("wan", ["--backend", "magic"], "Unknown backend 'magic'"),
         ("wan", ["--backend", "triton"], "Backend 'triton' needs "),
         ("wan", ["--image", "missing.png"], "No such file or directory: 'missing.png'"),
