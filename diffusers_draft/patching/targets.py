@@ -10,7 +10,7 @@ from ..config import DraftConfig
 from ..families import families, family_of
 from ..families.family import Family
 from ..families.unsupported import reason_against
-from .processors import processors_of
+from .processors import attention_module, processors_of
 from .shadow import can_be_patched, stock_class
 from .splitting import check_layers
 
@@ -76,7 +76,8 @@ def choose_layers(
     """List module paths of the layers to make sparse, and of those that stay dense.
 
     Raises:
-        ValueError: for a layer that does not exist, or a processor that is not diffusers' own.
+        ValueError: for a layer that does not exist, a processor that is not diffusers' own, or a hook that draft
+            attention would silence.
         NotImplementedError: for a split over GPUs that draft attention cannot follow.
     """
     paths = layer_paths(transformer, family.layers)
@@ -100,7 +101,15 @@ def choose_layers(
                 "call that draft attention knows. Use a version of diffusers that it was tested with."
             )
     check_layers(transformer, family, processors)
-    return tuple(path for path in paths if path not in dense), tuple(path for path in paths if path in dense)
+    sparse = tuple(path for path in paths if path not in dense)
+    for path in sparse:
+        if _looks_for_stock_call(attention_module(transformer, path)):
+            raise ValueError(
+                f"Layer {path} of {type(transformer).__name__} has a hook of perturbed attention guidance "
+                "(skip_attention_scores), which would do nothing to draft attention. Remove the hook, or leave the "
+                "layer dense with dense_layers."
+            )
+    return sparse, tuple(path for path in paths if path in dense)
 
 
 def layer_paths(transformer: nn.Module, patterns: tuple[str, ...]) -> tuple[str, ...]:
@@ -109,6 +118,13 @@ def layer_paths(transformer: nn.Module, patterns: tuple[str, ...]) -> tuple[str,
     for blocks, layer in (pattern.split(".*.") for pattern in patterns):
         found += [f"{blocks}.{name}.{layer}" for name, _ in transformer.get_submodule(blocks).named_children()]
     return tuple(found)
+
+
+def _looks_for_stock_call(layer: nn.Module) -> bool:
+    """Return True for a layer with a hook of diffusers that replaces the stock attention call while the layer runs."""
+    registry = getattr(layer, "_diffusers_hook", None)
+    hooks = registry.hooks.values() if registry else ()
+    return any(getattr(hook, "skip_attention_scores", False) for hook in hooks)
 
 
 def _is_stock(processor: Any, family: Family) -> bool:

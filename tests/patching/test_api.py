@@ -14,7 +14,10 @@ import models
 import pytest
 import torch
 import torch.distributed as dist
+from diffusers.hooks import LayerSkipConfig, apply_layer_skip
+from diffusers.hooks._helpers import AttentionProcessorMetadata, AttentionProcessorRegistry
 from diffusers.models._modeling_parallel import ContextParallelConfig, ParallelConfig
+from diffusers.models.attention_processor import PAGIdentitySelfAttnProcessor2_0
 from models import RAGGED, patched, processors, run_wan, wan_inputs
 from paper import PAPER, enable_draft_attention
 from torch import Tensor, nn
@@ -259,7 +262,7 @@ class MyWanAttnProcessor(type(models.wan().blocks[0].attn1.processor)):
     """Calls upstream's code, but is not upstream's."""
 
 
-@pytest.mark.parametrize("make", [MyProcessor, MyWanAttnProcessor])
+@pytest.mark.parametrize("make", [MyProcessor, MyWanAttnProcessor, PAGIdentitySelfAttnProcessor2_0])
 def test_custom_processor(make: Any) -> None:
     model = models.wan()
     model.blocks[1].attn1.processor = make()
@@ -267,6 +270,42 @@ def test_custom_processor(make: Any) -> None:
     with pytest.raises(ValueError, match=rf"blocks\.1\.attn1.*{make.__name__}.*WanAttnProcessor"):
         enable_draft_attention(model)
     assert state(model) == before
+
+
+def with_perturbed_attention(model: nn.Module, layer: int) -> None:
+    config = LayerSkipConfig(indices=[layer], skip_attention=False, skip_attention_scores=True, skip_ff=False)
+    apply_layer_skip(model, config)
+
+
+@pytest.fixture
+def perturbed_attention(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Lets diffusers' guidance into Wan, whose processor its registry has under an older name."""
+    AttentionProcessorRegistry._register()
+    metadata = AttentionProcessorMetadata(
+        skip_processor_output_fn=lambda module, hidden_states, *_, **__: hidden_states
+    )
+    stock = type(models.wan().blocks[0].attn1.processor)
+    monkeypatch.setitem(AttentionProcessorRegistry._registry, stock, metadata)
+
+
+def test_perturbed_attention_guidance_is_not_silenced(perturbed_attention: None) -> None:
+    model = models.wan()
+    stock = run(model)
+    with_perturbed_attention(model, 1)
+    perturbed = run(model)
+    assert not torch.allclose(perturbed, stock)
+    with pytest.raises(ValueError, match=r"blocks\.1\.attn1 .*perturbed attention guidance .*dense_layers"):
+        enable_draft_attention(model, 0, dense_layers=(0,), dense_steps=0)
+    assert not patched(model)
+    with enable_draft_attention(model, 0, dense_layers=(1,), dense_steps=0):
+        assert torch.allclose(run(model), perturbed, atol=1e-5)
+
+
+def test_perturbed_attention_guidance_after_enabling_is_an_error(perturbed_attention: None) -> None:
+    model = models.wan()
+    enable_draft_attention(model, dense_layers=())
+    with pytest.raises(ValueError, match="not registered"):
+        with_perturbed_attention(model, 1)
 
 
 def test_custom_processor_on_cross_attention_is_fine() -> None:
