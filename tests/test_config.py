@@ -46,10 +46,23 @@ OPTIONS_OF_CONFIG = [
     ({"dense_steps": -0.25}, r"dense_steps .* must be in \[0, 1\], got -0.25"),
     ({"dense_steps": 12}, r"dense_steps .* must be in \[0, 1\], got 12"),
     ({"dense_steps": NAN}, r"dense_steps .* must be in \[0, 1\], got nan"),
+    ({"dense_steps": 1}, r"dense_steps is a share .* got 1\. For one step of 50 give 0.02, for all of them 1\.0\."),
+    ({"dense_steps": np.int64(1)}, "dense_steps is a share of the run .* got np.int64"),
+    ({"dense_steps": True}, "dense_steps is a share of the run .* got True"),
+    ({"dense_steps": False}, "dense_steps is a share of the run .* got False"),
+    ({"dense_steps": "0.5"}, "dense_steps is a share of the run .* got '0.5'"),
+    ({"dense_steps": torch.tensor(0.5)}, r"dense_steps is a share of the run .* got tensor\(0.5"),
     ({"dense_timestep": NAN}, "dense_timestep .* got nan"),
-    ({"dense_layers": [0, -1]}, r"dense_layers must be layer indices from 0 on, got \(0, -1\)"),
-    ({"dense_layers": ["blocks.0"]}, r"dense_layers must be layer indices from 0 on, got \('blocks.0',\)"),
-    ({"dense_layers": [0.5]}, r"dense_layers must be layer indices from 0 on, got \(0.5,\)"),
+    ({"dense_timestep": True}, "dense_timestep must be a number, got True"),
+    ({"dense_timestep": "900"}, "dense_timestep must be a number, got '900'"),
+    ({"dense_timestep": torch.tensor(900.0)}, r"dense_timestep must be a number, got tensor\(900"),
+    ({"dense_layers": [0, -1]}, r"dense_layers must be layer indices from 0 on, .* got \(0, -1\)"),
+    ({"dense_layers": ["blocks.0"]}, r"dense_layers must be layer indices from 0 on, .* got \('blocks.0',\)"),
+    ({"dense_layers": [0.5]}, r"dense_layers must be layer indices from 0 on, .* got \(0.5,\)"),
+    ({"dense_layers": 1}, r"dense_layers must be layer indices from 0 on, as in \(0, 1\), got 1\."),
+    ({"dense_layers": "01"}, r"dense_layers must be layer indices from 0 on, .* got \('0', '1'\)"),
+    ({"dense_layers": [True]}, r"dense_layers must be layer indices from 0 on, .* got \(True,\)"),
+    ({"dense_layers": torch.tensor(1)}, r"dense_layers must be layer indices from 0 on, .* got tensor\(1\)"),
 ]
 
 
@@ -93,7 +106,7 @@ def test_both_have_the_same_defaults():
 
 
 def test_every_limit_itself_is_allowed():
-    config = DraftConfig(sparsity=0, tile=(4, 4), dense_steps=1, dense_timestep=0.0, dense_layers=[])
+    config = DraftConfig(sparsity=0, tile=(4, 4), dense_steps=1.0, dense_timestep=0.0, dense_layers=[])
     assert (config.sparsity, config.tile, config.dense_steps, config.dense_layers) == (0, (4, 4), 1, ())
     assert all(DraftConfig(backend=name).backend == name for name in ("auto", *BACKENDS))
 
@@ -101,6 +114,9 @@ def test_every_limit_itself_is_allowed():
 def test_no_probes_and_whole_numbers_of_other_types_are_allowed():
     assert DraftConfig(probes=0).probes == 0
     assert DraftConfig(probes=np.int64(7), sparsity=np.float32(0.5)).probes == 7
+    config = DraftConfig(dense_steps=np.float32(0.5), dense_layers=torch.tensor([2, 0]))
+    assert (config.dense_steps, config.dense_layers) == (0.5, (0, 2))
+    assert DraftConfig(dense_steps=np.int64(0)).dense_steps == 0
 
 
 def test_settings_of_the_papers_code():

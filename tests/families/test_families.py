@@ -1,7 +1,12 @@
+import contextlib
+import functools
+from typing import Any
+
 import diffusers
 import models
 import pytest
 import torch
+from diffusers import WanTransformer3DModel
 from models import RAGGED, TINY, attention_replaced, error, forward, processors
 from packaging.version import Version
 from paper import draft_attention, enable_draft_attention
@@ -164,6 +169,40 @@ def test_arguments_may_be_positional() -> None:
     with torch.no_grad():
         by_position = model(*inputs.values()).sample
     assert torch.equal(by_position, by_name)
+
+
+class HiddenParameters(WanTransformer3DModel):
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        return super().forward(*args, **kwargs)
+
+
+def test_positional_arguments_of_a_forward_that_hides_its_parameters() -> None:
+    inputs = models.wan_inputs()
+    model = models.wan()
+    with torch.no_grad(), enable_draft_attention(model, 0.8, dense_steps=0):
+        expected = model(**inputs).sample
+    model.__class__ = HiddenParameters
+    with torch.no_grad(), enable_draft_attention(model, 0.8, dense_steps=0):
+        assert torch.equal(model(*inputs.values()).sample, expected)
+
+
+@pytest.mark.parametrize("wrapped", [False, True])
+def test_a_class_whose_forward_was_replaced(wrapped: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    forward = WanTransformer3DModel.forward
+
+    def replacement(*args: Any, **kwargs: Any) -> Any:
+        return forward(*args, **kwargs)
+
+    if wrapped:
+        functools.update_wrapper(replacement, forward)
+    monkeypatch.setattr(WanTransformer3DModel, "forward", replacement)
+    inputs, model = models.wan_inputs(), models.wan()
+    with torch.no_grad(), enable_draft_attention(model, 0.8, dense_steps=0) as handle:
+        model(**inputs)
+        context = contextlib.nullcontext() if wrapped else pytest.raises(TypeError, match="Give it keyword arguments")
+        with context:
+            model(*inputs.values())
+        assert handle.report().transformers[0].forwards["sparse"] == 1 + wrapped
 
 
 @pytest.mark.parametrize("lengths", [(12, 12), (12, 1), (5, 11), (1, 1)])
