@@ -136,6 +136,17 @@ def test_dtype_changed_while_enabled() -> None:
     assert "bfloat16" in handle.report().transformers[0].backend_reason
 
 
+def test_mixed_precision_of_accelerate() -> None:
+    model = accelerate.Accelerator(mixed_precision="bf16", cpu=True).prepare_model(models.hunyuan_video())
+    inputs = models.hunyuan_video_inputs(2)
+    stock = run(model, inputs)
+    handle = enable_draft_attention(model, sparsity=0)
+    draft = run(model, inputs)
+    assert draft.dtype is stock.dtype is torch.float32
+    assert error(draft, stock) < 1e-2
+    assert "bfloat16" in handle.report().transformers[0].backend_reason
+
+
 def lora_config() -> LoraConfig:
     return LoraConfig(r=2, lora_alpha=2, target_modules=["to_q", "to_v"], init_lora_weights=False)
 
