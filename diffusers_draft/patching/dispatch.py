@@ -46,7 +46,7 @@ def attention_call(forward: Forward, stock: Dispatch) -> Dispatch:
                 "Draft attention has no dropout, causal or grouped-query attention and takes no attention_kwargs; got "
                 f"dropout_p={dropout_p}, is_causal={is_causal}, enable_gqa={enable_gqa}, {attention_kwargs=}."
             )
-        kv_len = None if attn_mask is None or forward.kv_len is None else forward.kv_len.to(query.device)
+        kv_len = None if attn_mask is None or forward.kv_len is None else _lengths_of(query, forward.kv_len)
         exchange = exchange_of(forward, parallel_config)
         if sparse and forward.hook is None:
             run = exchange.attend if exchange else attend
@@ -86,6 +86,13 @@ def exchange_of(forward: Forward, parallel_config: Any) -> Exchange | None:
     if not split or forward.shared is None:
         return None
     return Exchange(split._ulysses_mesh.get_group(), forward.shared.shape[0], forward.whole_text)
+
+
+def _lengths_of(query: Tensor, kv_len: Tensor) -> Tensor:
+    """Find the valid lengths of the samples that a layer gets."""
+    # Below the hook that learned the lengths, diffusers' FasterCache leaves out the first half of a guided batch.
+    halved = len(kv_len) == 2 * len(query)
+    return (kv_len[len(query) :] if halved else kv_len).to(query.device)
 
 
 def _hooked(

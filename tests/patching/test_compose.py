@@ -12,7 +12,13 @@ import diffusers
 import models
 import pytest
 import torch
-from diffusers import FirstBlockCacheConfig, PyramidAttentionBroadcastConfig, WanPipeline, WanTransformer3DModel
+from diffusers import (
+    FasterCacheConfig,
+    FirstBlockCacheConfig,
+    PyramidAttentionBroadcastConfig,
+    WanPipeline,
+    WanTransformer3DModel,
+)
 from diffusers.models.attention_dispatch import AttentionBackendName, _AttentionBackendRegistry
 from diffusers.models.transformers.transformer_wan import WanAttnProcessor
 from models import error, patched, processors, run_wan, wan_inputs
@@ -327,6 +333,51 @@ def test_cache(cache: str, order: str, dense_video: Tensor) -> None:
     pipe.transformer.disable_cache()
     assert error(run_wan(pipe), dense_video) < 1e-5
     assert patched(pipe.transformer) == SPARSE_LAYERS
+
+
+def faster_cache(inputs: models.Inputs) -> FasterCacheConfig:
+    """Leaves out the first half of the batch in every second forward, and nothing else."""
+    batched = [name for name, value in inputs.items() if torch.is_tensor(value) and value.shape[0] == 2]
+    return FasterCacheConfig(
+        spatial_attention_timestep_skip_range=(-1, 0),
+        unconditional_batch_skip_range=2,
+        unconditional_batch_timestep_skip_range=(-1, 901),
+        current_timestep_callback=lambda: 500,
+        attention_weight_callback=lambda module: 0.3,
+        _unconditional_conditional_input_kwargs_identifiers=batched,
+    )
+
+
+GUIDED = {
+    "wan",
+    "hunyuan_video",
+    "HunyuanVideo15Transformer3DModel",
+    "MochiTransformer3DModel",
+    "MotifVideoTransformer3DModel",
+}
+
+
+@pytest.mark.parametrize("order", ["before", "after"])
+@pytest.mark.parametrize("name", sorted(GUIDED & models.TINY.keys()))
+def test_faster_cache_with_guidance(name: str, order: str) -> None:
+    tiny = models.TINY[name]
+    inputs = tiny.inputs(2)
+
+    def two_forwards(model: Any) -> list[Tensor]:
+        with torch.no_grad():
+            return [model(**inputs, return_dict=False)[0] for _ in range(2)]
+
+    expected, model = tiny.build(), tiny.build()
+    expected.enable_cache(faster_cache(inputs))
+    if order == "after":
+        model.enable_cache(faster_cache(inputs))
+    handle = enable_draft_attention(model, sparsity=0, dense_layers=())
+    if order == "before":
+        model.enable_cache(faster_cache(inputs))
+    stock = two_forwards(expected)
+    assert error(stock[1], stock[0]) > 1e-3
+    assert max(map(error, two_forwards(model), stock)) < models.FLOAT32_ERROR
+    assert handle.report().transformers[0].density == 1
 
 
 def test_saved_transformer_is_stock(tmp_path: Any) -> None:
