@@ -57,6 +57,6 @@ def draft_attention(
     method = Method(tile=tile, budget=budget, score=score, probes=probes, backend=backend)
     check_sparsity(sparsity)
     check_grid(grid, prefix)
-    geometry = torch.tensor([*grid, prefix])
-    numbers = torch.tensor([sparsity, 0], dtype=torch.float64)
+    geometry = torch.tensor([*grid, prefix], device="cpu")
+    numbers = torch.tensor([sparsity, 0], dtype=torch.float64, device="cpu")
     return attend(query, key, value, geometry, kv_len, numbers, method.to_tensor(), scale).out

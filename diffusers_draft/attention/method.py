@@ -86,7 +86,7 @@ class Method:
         """Write the text as `(TEXT_LENGTH,)` uint8 on the CPU, for operators that must take any method."""
         text = self.to_text()
         assert len(text) <= TEXT_LENGTH, "or compiled code would be tied to this method's length"
-        return torch.tensor([ord(letter) for letter in text.ljust(TEXT_LENGTH)], dtype=torch.uint8)
+        return torch.tensor([ord(letter) for letter in text.ljust(TEXT_LENGTH)], dtype=torch.uint8, device="cpu")
 
     @classmethod
     def from_tensor(cls, text: Tensor) -> "Method":

@@ -117,7 +117,7 @@ def attended(call: Call, mask: BlockMask, sparsity: float, number: int = 0) -> A
     correction = call.correct(out, number) if call.method.probes and call.skips_pairs(sparsity) else None
     squares = out.new_zeros(3, dtype=torch.float32) if correction is None else correction.squares
     heads, blocks = mask.kv_num_blocks.shape[1:]
-    facts = torch.tensor([heads, blocks, mask.num_video_blocks, kernels.number_of(call.kernel)])
+    facts = torch.tensor([heads, blocks, mask.num_video_blocks, kernels.number_of(call.kernel)], device="cpu")
     return Attended(call.restore(out, correction), mask.kv_num_blocks.sum((1, 2)), squares, facts)
 
 

@@ -146,7 +146,7 @@ class Attachment(_HookOfTransformer):
         inputs = inputs_of(module, args, kwargs)
         video = self.family.video(inputs, module.config)
         forward = self.forward
-        forward.geometry = torch.tensor([*video.grid, video.prefix])
+        forward.geometry = torch.tensor([*video.grid, video.prefix], device="cpu")
         assert self._layers is not None, "attached"
         share(forward, module, self.family, self._layers.processors, inputs, video)
         forward.kv_len = video.kv_len
@@ -157,7 +157,7 @@ class Attachment(_HookOfTransformer):
         self.clock.note(moment)
         forward.sparse = step is not None
         if step:
-            forward.numbers = torch.tensor([step.sparsity, step.number], dtype=torch.float64)
+            forward.numbers = torch.tensor([step.sparsity, step.number], dtype=torch.float64, device="cpu")
         self._look_for_replaced(module)
         self.last_grid = video.grid
         self._count(moment, step)

@@ -55,9 +55,9 @@ class Forward:
 
     def __init__(self) -> None:
         self.sparse = False
-        self.geometry = torch.zeros(4, dtype=torch.int64)
+        self.geometry = torch.zeros(4, dtype=torch.int64, device="cpu")
         self.kv_len: Tensor | None = None
-        self.numbers = torch.zeros(2, dtype=torch.float64)
+        self.numbers = torch.zeros(2, dtype=torch.float64, device="cpu")
         self.method = Method().to_tensor()
         self.shared: Tensor | None = None
         self.whole_text = False

@@ -29,6 +29,8 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from diffusers_draft import DraftHandle, disable_draft_attention
+from diffusers_draft.attention import kernels
+from diffusers_draft.attention.layout import token_layout
 
 SPARSE_LAYERS = ["blocks.1.attn1", "blocks.2.attn1"]
 LOADED_ERROR = 1e-5
@@ -151,6 +153,20 @@ def test_mixed_precision_of_accelerate() -> None:
     assert draft.dtype is stock.dtype is torch.float32
     assert error(draft, stock) < 1e-2
     assert "bfloat16" in handle.report().transformers[0].backend_reason
+
+
+@pytest.mark.parametrize("name", ["wan", "hunyuan_video"])
+def test_default_device(name: str) -> None:
+    tiny = models.TINY[name]
+    model, fresh, inputs = tiny.build(), tiny.build(), tiny.inputs(2)
+    enable_draft_attention(model, probes=16)
+    expected = run(model, inputs)
+    kernels.choose.cache_clear()
+    token_layout.cache_clear()
+    with torch.device("meta"):
+        handle = enable_draft_attention(fresh, probes=16)
+        assert torch.equal(run(fresh, inputs), expected)
+        assert handle.report().transformers[0].density < 1
 
 
 def lora_config() -> LoraConfig:

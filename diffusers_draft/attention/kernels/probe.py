@@ -18,7 +18,8 @@ def check(name: str, forward, device: torch.device, dtype: torch.dtype, head_dim
     if dtype not in TOLERANCE:
         raise RuntimeError(f"Backend {name!r} needs float32, float16 or bfloat16 tensors, got {dtype}.")
     with torch.inference_mode(False), torch.no_grad():
-        query, key, value, mask = _problem(device, dtype, head_dim, block)
+        with torch.device("cpu"):  # whatever the default device is
+            query, key, value, mask = _problem(device, dtype, head_dim, block)
         try:
             out = forward(query, key, value, mask, head_dim**-0.5).float()
         except Exception as failure:
