@@ -39,6 +39,8 @@ OPTIONS_OF_BOTH = [
     ({"tile": (0, 16)}, r"tile must be .*, got \(0, 16\)"),
     ({"tile": (-8, -16)}, r"tile must be .*, got \(-8, -16\)"),
     ({"tile": (16.0, 16)}, r"tile must be .*, got \(16.0, 16\)"),
+    ({"tile": (16, 16, 16)}, r"tile must have at most 1024 tokens, got \(16, 16, 16\) with 4096"),
+    ({"tile": (26, 40)}, r"tile must have at most 1024 tokens, got \(26, 40\) with 1040"),
 ]
 OPTIONS_OF_CONFIG = [
     ({"schedule": "rising"}, "Unknown schedule 'rising'. Expected one of 'falling', 'constant', 'paper'"),
@@ -93,6 +95,7 @@ def test_both_have_the_same_defaults():
 
 
 def test_every_limit_itself_is_allowed():
+    assert DraftConfig(tile=(16, 8, 8)).tile == (16, 8, 8)
     config = DraftConfig(sparsity=0, tile=(4, 4), dense_steps=1, dense_timestep=0.0, dense_layers=[])
     assert (config.sparsity, config.tile, config.dense_steps, config.dense_layers) == (0, (4, 4), 1, ())
     assert all(DraftConfig(backend=name).backend == name for name in ("auto", *BACKENDS))

@@ -23,6 +23,9 @@ Score = Literal["value", "mass"]
 TEXT_LENGTH = 128
 """Bytes of a method's text as a tensor. One length for all: compiled code is tied to a shape."""
 
+LARGEST_BLOCK = 1024
+"""Most tokens of a block. The memory of a backend's check against dense attention grows with its square."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class Method:
@@ -36,7 +39,7 @@ class Method:
         budget: `"row"` keeps the same number of key blocks for every query block; `"head"` the best pairs of each
             head's whole map (the paper).
         tile: `(h, w)` tokens of one frame (the paper), or `(t, h, w)` tokens of several; blocks are patches of about
-            this shape. The product must be a multiple of 16.
+            this shape. The product must be a multiple of 16, at most 1024.
         backend: `"auto"` or a name from `diffusers_draft.attention.kernels.BACKENDS`.
 
     Raises:
@@ -62,6 +65,11 @@ class Method:
             raise ValueError(
                 "tile must be (height, width) or (frames, height, width), their product a multiple of 16 tokens, got "
                 f"{self.tile!r}. The paper uses (8, 16)."
+            )
+        if self.block > LARGEST_BLOCK:
+            raise ValueError(
+                f"tile must have at most {LARGEST_BLOCK} tokens, got {self.tile!r} with {self.block}. Choose a "
+                "smaller one, for example (4, 4, 8)."
             )
         check_name(self.backend)
         object.__setattr__(self, "tile", tuple(map(operator.index, self.tile)))

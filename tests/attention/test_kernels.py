@@ -20,7 +20,12 @@ torch_kernel = importlib.import_module("diffusers_draft.attention.kernels.gather
 
 CPU = torch.device("cpu")
 FLOAT32_ERROR = 2e-6
-PROBE_KINDS = [(torch.float32, 64, 128), (torch.float16, 32, 16), (torch.bfloat16, 128, 128)]
+PROBE_KINDS = [
+    (torch.float32, 64, 128),
+    (torch.float16, 32, 16),
+    (torch.bfloat16, 128, 128),
+    (torch.float32, 16, 1024),
+]
 
 
 def random_tensors(batch, seq_len, heads, head_dim, dtype, seed=0):

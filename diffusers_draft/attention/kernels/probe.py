@@ -35,12 +35,14 @@ def check(name: str, forward, device: torch.device, dtype: torch.dtype, head_dim
 
 
 def _problem(device: torch.device, dtype: torch.dtype, head_dim: int, block: int):
-    batch, heads, num_blocks, seq_len = 2, 2, 6, 5 * block + block // 2 + 1
+    batch, heads, num_blocks = 2, 2, 6 if block <= 256 else 3  # the reference has everything of size S x S
+    full = num_blocks - 1
+    seq_len = full * block + block // 2 + 1
     generator = torch.Generator().manual_seed(0)
     query, key, value = (
         torch.randn(batch, seq_len, heads, head_dim, generator=generator).to(device, dtype) for _ in range(3)
     )
-    kv_len = torch.tensor([seq_len - 3, 5 * block - 7], dtype=torch.int32)
+    kv_len = torch.tensor([seq_len - 3, full * block - 7], dtype=torch.int32)
     tail = (kv_len - 1) // block
     kept = torch.rand(batch, heads, num_blocks, num_blocks, generator=generator) < 0.4
     kept |= torch.eye(num_blocks, dtype=torch.bool)
