@@ -142,11 +142,11 @@ def check_sparsity(sparsity: float) -> None:
 
 
 def check_grid(grid: tuple[int, int, int], prefix: int) -> None:
-    """Raise ValueError for a grid that is not three positive counts, or a negative prefix."""
+    """Raise ValueError for a grid that is not three positive counts, or a prefix that is no count."""
     if not are_counts(grid, 3):
         raise ValueError(f"grid must be (T, Y, X): positive numbers of frames, rows and columns, got {grid!r}.")
-    if prefix < 0:
-        raise ValueError(f"prefix is the position of the first video token and must not be negative, got {prefix!r}.")
+    if not isinstance(prefix, (int, Integral)) or prefix < 0:
+        raise ValueError(f"prefix is the position of the first video token, a whole number from 0 on, got {prefix!r}.")
 
 
 def are_counts(values: tuple[int, ...], length: int) -> bool:

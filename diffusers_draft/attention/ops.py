@@ -126,7 +126,8 @@ def in_autocast_dtype(*tensors: Tensor) -> tuple[Tensor, ...]:
     device = tensors[0].device.type
     if device not in AUTOCAST_DEVICES or not torch.is_autocast_enabled(device):
         return tensors
-    return tuple(tensor.to(torch.get_autocast_dtype(device)) for tensor in tensors)
+    dtype = torch.get_autocast_dtype(device)
+    return tuple(tensor.to(dtype) if tensor.is_floating_point() else tensor for tensor in tensors)
 
 
 def _without_autocast(device: str) -> contextlib.AbstractContextManager[None]:

@@ -148,6 +148,10 @@ def ignores_kv_len(query, key, value, mask, scale):
     return reference.forward(query, key, value, dataclasses.replace(mask, kv_len=None), scale)
 
 
+def ignores_the_scale(query, key, value, mask, scale):
+    return reference.forward(query, key, value, mask, query.shape[-1] ** -0.5)
+
+
 def gives_every_head_the_mask_of_the_first(query, key, value, mask, scale):
     lists = {
         name: getattr(mask, name)[:, :1].expand_as(getattr(mask, name)) for name in ("kv_num_blocks", "kv_indices")
@@ -178,6 +182,7 @@ def returns_nan(query, key, value, mask, scale):
 WRONG = [
     ignores_the_mask,
     ignores_kv_len,
+    ignores_the_scale,
     gives_every_head_the_mask_of_the_first,
     gives_every_sample_the_mask_of_the_first,
     forgets_the_last_listed_block,
