@@ -13,6 +13,7 @@ from paper import draft_attention, enable_draft_attention
 from torch import Tensor
 
 from diffusers_draft import DraftConfig
+from diffusers_draft.attention import kernels
 from diffusers_draft.attention.ops import Attended
 from diffusers_draft.families import families, family_of
 from diffusers_draft.patching import dispatch
@@ -69,6 +70,22 @@ def test_sparsity_0_is_as_close_to_float64_as_stock_is(name: str, dtype: torch.d
     stock = error(forward(model, _cast(inputs, dtype)), exact)
     enable_draft_attention(model, sparsity=0, **EVERYWHERE)
     assert error(forward(model, _cast(inputs, dtype)), exact) < 1.2 * stock
+
+
+@pytest.mark.parametrize("name", TINY)
+def test_under_autocast_sparsity_0_is_as_close_to_float32_as_stock_is(name: str) -> None:
+    """Layers hand over a query, key and value of two dtypes then, which stock attention casts to one."""
+    tiny = TINY[name]
+    model, inputs = tiny.build(), tiny.inputs(2)
+    exact = forward(model, inputs)
+    kernels.choose.cache_clear()
+    with torch.autocast("cpu", torch.bfloat16):
+        stock = forward(model, inputs)
+        handle = enable_draft_attention(model, sparsity=0, **EVERYWHERE)
+        draft = forward(model, inputs)
+    assert draft.dtype is stock.dtype
+    assert error(draft, exact) < 1.2 * error(stock, exact)
+    assert "bfloat16" in handle.report().transformers[0].backend_reason
 
 
 def _cast(inputs: models.Inputs, dtype: torch.dtype) -> models.Inputs:
