@@ -29,7 +29,7 @@ class DraftConfig(Method):
         budget: `"row"` keeps the same number of key blocks for every query block; `"head"` the best pairs of each
             head's whole map (the paper).
         tile: `(h, w)` tokens of one frame (the paper), or `(t, h, w)` tokens of several; blocks are patches of about
-            this shape. The product must be a multiple of 16.
+            this shape. The product must be a multiple of 16, at most 1024.
         dense_steps: share of the run's steps, from its start, that stay dense, in [0, 1]. Overrides `dense_timestep`.
             All of them are 1.0; a 1 is refused, as it may mean one step.
         dense_timestep: steps whose timestep is above this stay dense, in the scheduler's units.
