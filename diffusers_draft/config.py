@@ -4,7 +4,8 @@ import math
 import operator
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
-from typing import Literal
+from numbers import Integral, Real
+from typing import Any, Literal
 
 from .attention.method import NAMES, Method, check_sparsity
 from .schedules import SCHEDULES
@@ -28,8 +29,9 @@ class DraftConfig(Method):
         budget: `"row"` keeps the same number of key blocks for every query block; `"head"` the best pairs of each
             head's whole map (the paper).
         tile: `(h, w)` tokens of one frame (the paper), or `(t, h, w)` tokens of several; blocks are patches of about
-            this shape. The product must be a multiple of 16.
+            this shape. The product must be a multiple of 16, at most 1024.
         dense_steps: share of the run's steps, from its start, that stay dense, in [0, 1]. Overrides `dense_timestep`.
+            All of them are 1.0; a 1 is refused, as it may mean one step.
         dense_timestep: steps whose timestep is above this stay dense, in the scheduler's units.
         dense_layers: layers that stay dense, as indices into the model's self-attention layers in execution order.
         backend: `"auto"` or a name from `diffusers_draft.attention.kernels.BACKENDS`.
@@ -50,9 +52,9 @@ class DraftConfig(Method):
             names = ", ".join(map(repr, SCHEDULES))
             raise ValueError(f"Unknown schedule {self.schedule!r}. Expected one of {names}.")
         super().__post_init__()
-        if self.dense_steps is not None and not 0 <= self.dense_steps <= 1:
-            raise ValueError(f"dense_steps is a share of the run and must be in [0, 1], got {self.dense_steps!r}.")
-        if self.dense_timestep is not None and math.isnan(self.dense_timestep):
+        if self.dense_steps is not None:
+            object.__setattr__(self, "dense_steps", _share(self.dense_steps))
+        if self.dense_timestep is not None and not _is_number(self.dense_timestep):
             raise ValueError(f"dense_timestep must be a number, got {self.dense_timestep!r}.")
         if self.dense_layers is not None:
             object.__setattr__(self, "dense_layers", _layer_indices(self.dense_layers))
@@ -73,12 +75,36 @@ class DraftConfig(Method):
         return replace(cls.paper(sparsity), dense_timestep=975.0)
 
 
+def parse_share(text: str) -> float:
+    """Read a share of a run. A whole number stays one: `DraftConfig` tells 1 from 1.0.
+
+    Raises:
+        ValueError: if that is not what the text is.
+    """
+    return int(text) if text.strip().isdecimal() else float(text)
+
+
+def _is_number(value: Any) -> bool:
+    return not isinstance(value, bool) and isinstance(value, (float, Real)) and not math.isnan(value)
+
+
+def _share(steps: Any) -> float:
+    # A whole number may mean so many steps; 0 is the same either way.
+    counts_steps = isinstance(steps, Integral) and steps != 0
+    if not _is_number(steps) or counts_steps or not 0 <= steps <= 1:
+        raise ValueError(
+            f"dense_steps is a share of the run and must be in [0, 1], got {steps!r}. For one step of 50 give 0.02, "
+            "for all of them 1.0."
+        )
+    return float(steps)
+
+
 def _layer_indices(layers: Iterable[int]) -> tuple[int, ...]:
-    layers = tuple(layers)
     try:
-        indices = sorted({operator.index(layer) for layer in layers})
+        layers = tuple(layers)
+        indices = sorted({-1 if isinstance(layer, bool) else operator.index(layer) for layer in layers})
     except TypeError:
         indices = [-1]
     if any(index < 0 for index in indices):
-        raise ValueError(f"dense_layers must be layer indices from 0 on, got {layers!r}.")
+        raise ValueError(f"dense_layers must be layer indices from 0 on, as in (0, 1), got {layers!r}.")
     return tuple(indices)

@@ -11,21 +11,25 @@ from typing import Any
 import pytest
 
 WORLD = 4
-STARTUP, SECONDS = 200, 120
-"""The longest that imports and then any function may take."""
+STARTUP, SECONDS = 400, 400
+"""The longest that imports and then any function may take, on a machine that is busy."""
 
 
 class Pool:
     """Processes that wait for work; groups are made anew for each piece of it."""
 
     def __init__(self, size: int) -> None:
-        context = multiprocessing.get_context("forkserver")
-        context.set_forkserver_preload(["ranks"])
+        self.size = size
         self.folder = tempfile.TemporaryDirectory()
         self.count = 0
+        self.start()
+
+    def start(self) -> None:
+        context = multiprocessing.get_context("forkserver")
+        context.set_forkserver_preload(["ranks"])
         self.pipes: list[Connection] = []
         self.processes = []
-        for _ in range(size):
+        for _ in range(self.size):
             ours, theirs = context.Pipe()
             process = context.Process(target=_serve, args=(theirs,), daemon=True)
             process.start()
@@ -50,14 +54,18 @@ class Pool:
         while len(results) < size:
             ready = wait([pipe for pipe in pipes if pipe not in results], SECONDS)
             if not ready:
-                self.close()  # or a later answer would be taken for that to other work
+                self.stop()  # or a later answer would be taken for that to other work
+                self.start()
                 raise AssertionError(f"{function}{args}: a rank is stuck")
             results |= {pipe: pipe.recv() for pipe in ready if isinstance(pipe, Connection)}
         return [results[pipe] for pipe in pipes]
 
-    def close(self) -> None:
+    def stop(self) -> None:
         for process in self.processes:
             process.terminate()
+
+    def close(self) -> None:
+        self.stop()
         self.folder.cleanup()
 
 

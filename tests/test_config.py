@@ -39,6 +39,8 @@ OPTIONS_OF_BOTH = [
     ({"tile": (0, 16)}, r"tile must be .*, got \(0, 16\)"),
     ({"tile": (-8, -16)}, r"tile must be .*, got \(-8, -16\)"),
     ({"tile": (16.0, 16)}, r"tile must be .*, got \(16.0, 16\)"),
+    ({"tile": (16, 16, 16)}, r"tile must have at most 1024 tokens, got \(16, 16, 16\) with 4096"),
+    ({"tile": (26, 40)}, r"tile must have at most 1024 tokens, got \(26, 40\) with 1040"),
 ]
 OPTIONS_OF_CONFIG = [
     ({"schedule": "rising"}, "Unknown schedule 'rising'. Expected one of 'falling', 'constant', 'paper'"),
@@ -46,10 +48,23 @@ OPTIONS_OF_CONFIG = [
     ({"dense_steps": -0.25}, r"dense_steps .* must be in \[0, 1\], got -0.25"),
     ({"dense_steps": 12}, r"dense_steps .* must be in \[0, 1\], got 12"),
     ({"dense_steps": NAN}, r"dense_steps .* must be in \[0, 1\], got nan"),
+    ({"dense_steps": 1}, r"dense_steps is a share .* got 1\. For one step of 50 give 0.02, for all of them 1\.0\."),
+    ({"dense_steps": np.int64(1)}, "dense_steps is a share of the run .* got np.int64"),
+    ({"dense_steps": True}, "dense_steps is a share of the run .* got True"),
+    ({"dense_steps": False}, "dense_steps is a share of the run .* got False"),
+    ({"dense_steps": "0.5"}, "dense_steps is a share of the run .* got '0.5'"),
+    ({"dense_steps": torch.tensor(0.5)}, r"dense_steps is a share of the run .* got tensor\(0.5"),
     ({"dense_timestep": NAN}, "dense_timestep .* got nan"),
-    ({"dense_layers": [0, -1]}, r"dense_layers must be layer indices from 0 on, got \(0, -1\)"),
-    ({"dense_layers": ["blocks.0"]}, r"dense_layers must be layer indices from 0 on, got \('blocks.0',\)"),
-    ({"dense_layers": [0.5]}, r"dense_layers must be layer indices from 0 on, got \(0.5,\)"),
+    ({"dense_timestep": True}, "dense_timestep must be a number, got True"),
+    ({"dense_timestep": "900"}, "dense_timestep must be a number, got '900'"),
+    ({"dense_timestep": torch.tensor(900.0)}, r"dense_timestep must be a number, got tensor\(900"),
+    ({"dense_layers": [0, -1]}, r"dense_layers must be layer indices from 0 on, .* got \(0, -1\)"),
+    ({"dense_layers": ["blocks.0"]}, r"dense_layers must be layer indices from 0 on, .* got \('blocks.0',\)"),
+    ({"dense_layers": [0.5]}, r"dense_layers must be layer indices from 0 on, .* got \(0.5,\)"),
+    ({"dense_layers": 1}, r"dense_layers must be layer indices from 0 on, as in \(0, 1\), got 1\."),
+    ({"dense_layers": "01"}, r"dense_layers must be layer indices from 0 on, .* got \('0', '1'\)"),
+    ({"dense_layers": [True]}, r"dense_layers must be layer indices from 0 on, .* got \(True,\)"),
+    ({"dense_layers": torch.tensor(1)}, r"dense_layers must be layer indices from 0 on, .* got tensor\(1\)"),
 ]
 
 
@@ -93,7 +108,8 @@ def test_both_have_the_same_defaults():
 
 
 def test_every_limit_itself_is_allowed():
-    config = DraftConfig(sparsity=0, tile=(4, 4), dense_steps=1, dense_timestep=0.0, dense_layers=[])
+    assert DraftConfig(tile=(16, 8, 8)).tile == (16, 8, 8)
+    config = DraftConfig(sparsity=0, tile=(4, 4), dense_steps=1.0, dense_timestep=0.0, dense_layers=[])
     assert (config.sparsity, config.tile, config.dense_steps, config.dense_layers) == (0, (4, 4), 1, ())
     assert all(DraftConfig(backend=name).backend == name for name in ("auto", *BACKENDS))
 
@@ -101,6 +117,9 @@ def test_every_limit_itself_is_allowed():
 def test_no_probes_and_whole_numbers_of_other_types_are_allowed():
     assert DraftConfig(probes=0).probes == 0
     assert DraftConfig(probes=np.int64(7), sparsity=np.float32(0.5)).probes == 7
+    config = DraftConfig(dense_steps=np.float32(0.5), dense_layers=torch.tensor([2, 0]))
+    assert (config.dense_steps, config.dense_layers) == (0.5, (0, 2))
+    assert DraftConfig(dense_steps=np.int64(0)).dense_steps == 0
 
 
 def test_settings_of_the_papers_code():
@@ -148,9 +167,40 @@ def test_a_grid_that_is_none_is_refused(grid):
         draft_attention(tokens(), tokens(), tokens(), grid)
 
 
-def test_a_negative_prefix_is_refused():
-    with pytest.raises(ValueError, match=r"prefix"):
-        draft_attention(tokens(), tokens(), tokens(), GRID, prefix=-1)
+@pytest.mark.parametrize("prefix", [-1, 2.0, "2", None, torch.tensor(2), torch.tensor(2.0)], ids=repr)
+def test_a_prefix_that_is_no_whole_number_is_refused(prefix):
+    with pytest.raises(ValueError, match=r"prefix is .* a whole number from 0 on, got"):
+        draft_attention(tokens(), tokens(), tokens(), GRID, prefix=prefix)
+
+
+def test_grid_and_prefix_may_be_numpy_s_integers():
+    query = torch.randn(2, 200, 3, 32, generator=torch.Generator().manual_seed(0))
+    expected = draft_attention(query, query, query, GRID, prefix=10)
+    numbers = tuple(map(np.int64, GRID))
+    assert torch.equal(draft_attention(query, query, query, numbers, prefix=np.int32(10)), expected)
+
+
+@pytest.mark.parametrize("position", [0, 1, 2])
+def test_arrays_are_refused(position):
+    tensors = [tokens(), tokens(), tokens()]
+    tensors[position] = tensors[position].numpy()
+    with pytest.raises(ValueError, match=r"must be torch tensors, got ndarray\. torch\.as_tensor"):
+        draft_attention(*tensors, GRID)
+
+
+@pytest.mark.parametrize("shape", [(0, 200, 3, 32), (2, 0, 3, 32), (2, 200, 0, 32), (2, 200, 3, 0)], ids=str)
+def test_empty_tensors_are_refused_with_their_shape(shape):
+    with pytest.raises(ValueError, match=r"at least one sample, token, head and dimension, got") as error:
+        draft_attention(*[tokens(*shape)] * 3, GRID)
+    assert str(shape) in str(error.value)
+
+
+@pytest.mark.parametrize("backend", ["auto", "reference"])
+@pytest.mark.parametrize("autocast", [False, True])
+@pytest.mark.parametrize("dtype", [torch.complex64, torch.int64, torch.bool], ids=str)
+def test_tensors_of_no_real_numbers_are_refused(dtype, autocast, backend):
+    with torch.autocast("cpu", torch.bfloat16, enabled=autocast), pytest.raises(ValueError, match=f"got {dtype}"):
+        draft_attention(*[tokens(dtype=dtype)] * 3, GRID, backend=backend)
 
 
 @pytest.mark.parametrize(
@@ -204,7 +254,13 @@ def test_kv_len_of_another_shape_is_refused(kv_len):
         draft_attention(tokens(), tokens(), tokens(), GRID, kv_len=kv_len)
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("kv_len", [[200, 200], 200, np.array([200, 200])], ids=repr)
+def test_kv_len_that_is_no_tensor_is_refused(kv_len):
+    with pytest.raises(ValueError, match=r"kv_len must be a tensor of 2 integers, got"):
+        draft_attention(tokens(), tokens(), tokens(), GRID, kv_len=kv_len)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.bool, torch.complex64], ids=str)
 def test_kv_len_that_is_not_integer_is_refused(dtype):
     with pytest.raises(ValueError, match=f"kv_len must hold one integer .* dtype {dtype}"):
         draft_attention(tokens(), tokens(), tokens(), GRID, kv_len=torch.tensor([200, 200], dtype=dtype))

@@ -15,6 +15,9 @@ from .method import Method
 from .select import select, skips_pairs
 from .steps import Steps, steps_for
 
+INTEGERS = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8)
+"""Dtypes of lengths."""
+
 
 @dataclass(frozen=True)
 class Call:
@@ -171,11 +174,21 @@ def _check_tensors(query: Tensor, key: Tensor, value: Tensor, kv_len: Tensor | N
         found = [getattr(tensor, name) for tensor in (query, key, value)]
         if len(set(found)) > 1:
             raise ValueError(f"query, key and value must have the same {name}, got {', '.join(map(str, found))}.")
-    if kv_len is None:
-        return
+    if not query.is_floating_point():
+        raise ValueError(f"query, key and value must be float32, float16 or bfloat16, got {query.dtype}. Cast them.")
+    if not query.numel():
+        raise ValueError(
+            "query, key and value must have at least one sample, token, head and dimension, got shape (B, S, H, D) = "
+            f"{tuple(query.shape)}. Skip the call for empty tensors."
+        )
+    if kv_len is not None:
+        _check_lengths(kv_len, query, video_end)
+
+
+def _check_lengths(kv_len: Tensor, query: Tensor, video_end: int) -> None:
     if not isinstance(kv_len, Tensor):
         raise ValueError(f"kv_len must be a tensor of {query.shape[0]} integers, got {kv_len!r}.")
-    if kv_len.shape != (query.shape[0],) or kv_len.is_floating_point():
+    if kv_len.shape != (query.shape[0],) or kv_len.dtype not in INTEGERS:
         raise ValueError(
             f"kv_len must hold one integer for each of the {query.shape[0]} samples, got shape "
             f"{tuple(kv_len.shape)} and dtype {kv_len.dtype}."

@@ -54,9 +54,19 @@ def draft_attention(
         ImportError: if the package of the chosen backend is missing.
         RuntimeError: if the chosen backend cannot run on these tensors, or has no backward and they need one.
     """
+    _check_are_tensors(query, key, value)
     method = Method(tile=tile, budget=budget, score=score, probes=probes, backend=backend)
     check_sparsity(sparsity)
     check_grid(grid, prefix)
-    geometry = torch.tensor([*grid, prefix])
-    numbers = torch.tensor([sparsity, 0], dtype=torch.float64)
+    geometry = torch.tensor([*grid, prefix], device="cpu")
+    numbers = torch.tensor([sparsity, 0], dtype=torch.float64, device="cpu")
     return attend(query, key, value, geometry, kv_len, numbers, method.to_tensor(), scale).out
+
+
+def _check_are_tensors(*arguments: object) -> None:
+    for argument in arguments:
+        if not isinstance(argument, Tensor):
+            raise ValueError(
+                f"query, key and value must be torch tensors, got {type(argument).__name__}. torch.as_tensor makes "
+                "one of an array."
+            )

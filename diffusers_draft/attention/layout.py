@@ -54,7 +54,7 @@ def walk(grid: Grid, tile: Tile) -> Tensor:
     """
     depth, height = (1, *tile)[-3:-1]
     path = []
-    for number, slab in enumerate(_parts(torch.arange(math.prod(grid)).view(grid), depth, dim=0)):
+    for number, slab in enumerate(_parts(torch.arange(math.prod(grid), device="cpu").view(grid), depth, dim=0)):
         strips = _parts(slab, height, dim=1)
         forth = [(strip.flip(2) if back % 2 else strip).permute(2, 0, 1) for back, strip in enumerate(strips)]
         along = torch.cat([strip.flatten() for strip in forth])
@@ -85,7 +85,8 @@ def token_layout(grid: Grid, prefix: int, seq_len: int, tile: Tile, device: torc
     block = math.prod(tile)
     # Cached tensors must stay usable under autograd even when the first call runs in inference mode.
     with torch.inference_mode(False):
-        order = torch.cat([prefix + walk(grid, tile), torch.arange(prefix), torch.arange(prefix + video, seq_len)])
+        others = (torch.arange(*bounds, device="cpu") for bounds in ((0, prefix), (prefix + video, seq_len)))
+        order = torch.cat([prefix + walk(grid, tile), *others])
         return TokenLayout(
             grid=grid,
             prefix=prefix,

@@ -23,6 +23,9 @@ Score = Literal["value", "mass"]
 TEXT_LENGTH = 128
 """Bytes of a method's text as a tensor. One length for all: compiled code is tied to a shape."""
 
+LARGEST_BLOCK = 1024
+"""Most tokens of a block. The memory of a backend's check against dense attention grows with its square."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class Method:
@@ -36,7 +39,7 @@ class Method:
         budget: `"row"` keeps the same number of key blocks for every query block; `"head"` the best pairs of each
             head's whole map (the paper).
         tile: `(h, w)` tokens of one frame (the paper), or `(t, h, w)` tokens of several; blocks are patches of about
-            this shape. The product must be a multiple of 16.
+            this shape. The product must be a multiple of 16, at most 1024.
         backend: `"auto"` or a name from `diffusers_draft.attention.kernels.BACKENDS`.
 
     Raises:
@@ -63,6 +66,11 @@ class Method:
                 "tile must be (height, width) or (frames, height, width), their product a multiple of 16 tokens, got "
                 f"{self.tile!r}. The paper uses (8, 16)."
             )
+        if self.block > LARGEST_BLOCK:
+            raise ValueError(
+                f"tile must have at most {LARGEST_BLOCK} tokens, got {self.tile!r} with {self.block}. Choose a "
+                "smaller one, for example (4, 4, 8)."
+            )
         check_name(self.backend)
         object.__setattr__(self, "tile", tuple(map(operator.index, self.tile)))
 
@@ -86,7 +94,7 @@ class Method:
         """Write the text as `(TEXT_LENGTH,)` uint8 on the CPU, for operators that must take any method."""
         text = self.to_text()
         assert len(text) <= TEXT_LENGTH, "or compiled code would be tied to this method's length"
-        return torch.tensor([ord(letter) for letter in text.ljust(TEXT_LENGTH)], dtype=torch.uint8)
+        return torch.tensor([ord(letter) for letter in text.ljust(TEXT_LENGTH)], dtype=torch.uint8, device="cpu")
 
     @classmethod
     def from_tensor(cls, text: Tensor) -> "Method":
@@ -134,11 +142,11 @@ def check_sparsity(sparsity: float) -> None:
 
 
 def check_grid(grid: tuple[int, int, int], prefix: int) -> None:
-    """Raise ValueError for a grid that is not three positive counts, or a negative prefix."""
+    """Raise ValueError for a grid that is not three positive counts, or a prefix that is no count."""
     if not are_counts(grid, 3):
         raise ValueError(f"grid must be (T, Y, X): positive numbers of frames, rows and columns, got {grid!r}.")
-    if prefix < 0:
-        raise ValueError(f"prefix is the position of the first video token and must not be negative, got {prefix!r}.")
+    if not isinstance(prefix, (int, Integral)) or prefix < 0:
+        raise ValueError(f"prefix is the position of the first video token, a whole number from 0 on, got {prefix!r}.")
 
 
 def are_counts(values: tuple[int, ...], length: int) -> bool:

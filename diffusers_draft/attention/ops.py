@@ -117,7 +117,7 @@ def attended(call: Call, mask: BlockMask, sparsity: float, number: int = 0) -> A
     correction = call.correct(out, number) if call.method.probes and call.skips_pairs(sparsity) else None
     squares = out.new_zeros(3, dtype=torch.float32) if correction is None else correction.squares
     heads, blocks = mask.kv_num_blocks.shape[1:]
-    facts = torch.tensor([heads, blocks, mask.num_video_blocks, kernels.number_of(call.kernel)])
+    facts = torch.tensor([heads, blocks, mask.num_video_blocks, kernels.number_of(call.kernel)], device="cpu")
     return Attended(call.restore(out, correction), mask.kv_num_blocks.sum((1, 2)), squares, facts)
 
 
@@ -126,7 +126,8 @@ def in_autocast_dtype(*tensors: Tensor) -> tuple[Tensor, ...]:
     device = tensors[0].device.type
     if device not in AUTOCAST_DEVICES or not torch.is_autocast_enabled(device):
         return tensors
-    return tuple(tensor.to(torch.get_autocast_dtype(device)) for tensor in tensors)
+    dtype = torch.get_autocast_dtype(device)
+    return tuple(tensor.to(dtype) if tensor.is_floating_point() else tensor for tensor in tensors)
 
 
 def _without_autocast(device: str) -> contextlib.AbstractContextManager[None]:

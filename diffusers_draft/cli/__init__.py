@@ -50,18 +50,26 @@ def main(argv: Sequence[str] | None = None) -> int:
         argv: the arguments without the program's name; by default those of the process.
 
     Returns:
-        The exit code 0. Errors that the user can fix end the process with code 2 and one line on stderr.
+        The exit code 0. Errors that the user can fix end the process with code 2 and one line on stderr, Ctrl-C with
+        code 130 and one line.
     """
     argv = sys.argv[1:] if argv is None else list(argv)
     parser = _Parser(prog="diffusers-draft", description="Block-sparse attention for diffusers video transformers.")
     parser.add_argument("--version", action="version", version=__version__)
+    try:
+        _run(parser, argv)
+    except CommandError as error:
+        parser.error(str(error))
+    except KeyboardInterrupt as stop:
+        parser.exit(130, f"{parser.prog}: {str(stop) or 'stopped'}\n")
+    return 0
+
+
+def _run(parser: argparse.ArgumentParser, argv: list[str]) -> None:
+    """Import the subcommand, which takes a while, parse its arguments and run it."""
     subparsers = parser.add_subparsers(required=True, metavar="command")
     # Import only the subcommand that was asked for; import all of them for --help and for a wrong name.
     for name in argv[:1] if argv[:1] and argv[0] in SUBCOMMANDS else SUBCOMMANDS:
         importlib.import_module(f".{SUBCOMMANDS[name]}", __name__).add_parser(subparsers)
     args = parser.parse_args(argv)
-    try:
-        args.run(args)
-    except CommandError as error:
-        parser.error(str(error))
-    return 0
+    args.run(args)

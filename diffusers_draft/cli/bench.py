@@ -21,7 +21,7 @@ from ..tools.bench.shapes import SHAPES, Shape, random_inputs, structured_inputs
 from ..tools.bench.table import format_table
 from . import one_line
 from .bench_model import add_model, add_run
-from .option_types import device, seconds, whole
+from .option_types import device, seconds, seed, whole
 from .outputs import check_output, check_picture, write_output
 
 
@@ -50,7 +50,7 @@ def _add_attention(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--dtype", choices=["float32", "float16", "bfloat16"], help="default: float32 on CPU")
     parser.add_argument("--device", type=device, default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--random", action="store_true", help="Gaussian inputs instead of smooth fields with noise")
-    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--seed", type=seed, default=0)
     parser.add_argument("--seconds", type=seconds, default=1.0, help="least time to measure each row")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the results to this file")
     parser.add_argument("--plot", type=Path, metavar="FILE", help="draw time against sparsity to this file")

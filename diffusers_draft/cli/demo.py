@@ -9,6 +9,8 @@ import numpy as np
 from .. import DraftConfig, enable_draft_attention
 from . import CommandError, one_line
 from .model_options import check_packages
+from .option_types import seed, whole
+from .outputs import check_output, write_output
 
 FPS = 8
 VIDEO = "dense-and-draft.mp4"
@@ -32,8 +34,8 @@ def add_parser(subparsers: argparse._SubParsersAction) -> None:
     )
     parser.add_argument("--prompt", default=PROMPT, help="in the words that the model knows")
     parser.add_argument("--sparsity", type=float, default=0.85, help="mean share of the video block pairs to skip")
-    parser.add_argument("--steps", type=int, default=14, help="denoising steps")
-    parser.add_argument("--seed", type=int, default=0, help="seed of the noise")
+    parser.add_argument("--steps", type=whole(1), default=14, help="denoising steps")
+    parser.add_argument("--seed", type=seed, default=0, help="seed of the noise")
     parser.add_argument("--frames", type=int, default=17, help="frames of the video, an odd number")
     parser.add_argument("--height", type=int, default=160, help="height in pixels, a multiple of 16")
     parser.add_argument("--width", type=int, default=288, help="width in pixels, a multiple of 16")
@@ -58,7 +60,9 @@ def run(args: argparse.Namespace) -> None:
 
     with one_line(OSError, ValueError):
         model.check_prompt(args.prompt)
-        check_writable(args.output / VIDEO)
+        check_writable(args.output / VIDEO, FPS)
+    for name in (GIF, PICTURE):
+        check_output(args.output / name)
 
     pipe = model.demo_pipeline()
     options: dict[str, Any] = {"num_frames": args.frames, "height": args.height, "width": args.width}
@@ -86,8 +90,9 @@ def run(args: argparse.Namespace) -> None:
     pairs = pictures.side_by_side((dense.frames, draft.frames), captions)
     with one_line(OSError):
         write_video(np.stack([np.asarray(pair) for pair in pairs]), args.output / VIDEO, FPS)
-        pairs[0].save(args.output / GIF, save_all=True, append_images=pairs[1:], duration=1000 // FPS, loop=0)
-        pictures.draft_picture(tensors, grid, dense.frames, config).save(args.output / PICTURE)
+    gif: dict[str, Any] = {"save_all": True, "append_images": pairs[1:], "duration": 1000 // FPS, "loop": 0}
+    write_output(args.output / GIF, lambda path: pairs[0].save(path, **gif))
+    write_output(args.output / PICTURE, pictures.draft_picture(tensors, grid, dense.frames, config).save)
     print(f"Wrote {VIDEO}, {GIF} and {PICTURE} in {args.output}.")
 
 
@@ -96,8 +101,6 @@ def _checked_config(args: argparse.Namespace) -> DraftConfig:
         config = DraftConfig(sparsity=args.sparsity, tile=TILE)
     except ValueError as error:
         raise CommandError(str(error)) from error
-    if args.steps < 1:
-        raise CommandError(f"--steps must be at least 1, got {args.steps}")
     if args.frames < 1 or args.frames % 2 == 0:
         raise CommandError(f"--frames must be an odd number from 1 on, got {args.frames}")
     for name in ("height", "width"):

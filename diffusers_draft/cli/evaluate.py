@@ -7,8 +7,10 @@ from typing import Any
 
 from ..attention.method import format_tile
 from ..config import DraftConfig
-from . import CommandError, one_line
-from .model_options import CALL, add_model_options, call, check_packages, image, loaded, model
+from . import one_line
+from .model_options import CALL, add_model_options, call, check_backend, check_packages, image, loaded, model
+from .option_types import seed, whole
+from .outputs import check_output
 
 LISTS = {
     "sparsity": "for example 0.5 0.75 0.9",
@@ -37,7 +39,7 @@ def add_parser(subparsers: argparse._SubParsersAction) -> None:
     parser.add_argument(
         "--prompts", type=Path, required=True, metavar="FILE", help="one per line, or a .csv with a column prompt"
     )
-    parser.add_argument("--seeds", type=int, nargs="+", default=[0], help="of the noise (default: 0)")
+    parser.add_argument("--seeds", type=seed, nargs="+", default=[0], help="of the noise (default: 0)")
     parser.add_argument("--output", type=Path, default=Path("eval"), metavar="DIR", help="default: eval")
     settings = parser.add_argument_group(
         "settings", "What is compared with dense attention: every combination of the lists, and each --setting."
@@ -51,7 +53,7 @@ def add_parser(subparsers: argparse._SubParsersAction) -> None:
     parser.add_argument("--lpips", action="store_true", help="measure LPIPS too")
     parser.add_argument("--vbench", action="store_true", help="score the clips with VBench")
     parser.add_argument(
-        "--attention", type=int, nargs="?", const=4, default=0, metavar="PROMPTS",
+        "--attention", type=whole(0), nargs="?", const=4, default=0, metavar="PROMPTS",
         help="measure attention calls on so many prompts (default: 4), all at the mean sparsity, without the schedule",
     )  # fmt: skip
     parser.set_defaults(run=run)
@@ -69,6 +71,7 @@ def run(args: argparse.Namespace) -> None:
     from ..tools.evaluation.attention import Samples
     from ..tools.evaluation.metrics import fidelity_metrics
     from ..tools.evaluation.results import NAMES, write_results
+    from ..tools.evaluation.store import FOLDERS
     from ..tools.evaluation.table import as_text
     from ..tools.evaluation.vbench import check_installed
     from ..tools.generation.loading import device
@@ -83,10 +86,14 @@ def run(args: argparse.Namespace) -> None:
         prompts, settings = read_prompts(args.prompts), _settings(args)
         if args.compile and (args.attention or any(setting.selection != "draft" for setting in settings)):
             raise ValueError("--attention and selections other than draft need a model that is not compiled.")
+        for setting in settings:
+            check_backend(args, setting.config.method)
         start = image(args)
         store = Store(args.output, _facts(args))
         if args.videos:
-            check_writable(args.output / "videos" / "any.mp4")
+            check_writable(args.output / "videos" / "any.mp4", args.fps)
+        for name in (*NAMES, *(f"{folder}/any.json" for folder in FOLDERS)):
+            check_output(args.output / name)
         metrics = fidelity_metrics(lpips=args.lpips).to(device())
 
     def inputs(pipe: Any, prompt: str, seed: int) -> dict[str, Any]:
@@ -101,7 +108,7 @@ def run(args: argparse.Namespace) -> None:
             title = f"{args.model}, {len(prompts)} prompts"
             rows = write_results(study, device(), title, with_vbench=args.vbench)
     except KeyboardInterrupt as stop:
-        raise CommandError(f"stopped; the same command goes on from what is in {args.output}") from stop
+        raise KeyboardInterrupt(f"stopped; the same command goes on from what is in {args.output}") from stop
     print(as_text(rows))
     print(f"Wrote {', '.join(NAMES)} in {args.output}.")
 

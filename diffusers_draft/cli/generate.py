@@ -7,9 +7,11 @@ from typing import Any
 from .. import DraftConfig, enable_draft_attention
 from ..attention.draft import SCORES
 from ..attention.method import format_tile, parse_tile
+from ..config import parse_share
 from ..schedules import SCHEDULES
 from . import CommandError, one_line
-from .model_options import add_model_options, call, check_packages, image, loaded
+from .model_options import add_model_options, call, check_backend, check_packages, image, loaded
+from .option_types import seed
 from .ranks import Ranks, add_ulysses, together
 
 
@@ -23,7 +25,7 @@ def add_parser(subparsers: argparse._SubParsersAction) -> None:
     add_model_options(parser)
     add_ulysses(parser)
     parser.add_argument("--prompt", required=True, help="what the video shall show")
-    parser.add_argument("--seed", type=int, default=0, help="of the noise (default: 0)")
+    parser.add_argument("--seed", type=seed, default=0, help="of the noise (default: 0)")
     draft, default = DraftConfig, "default: %(default)s"
     parser.add_argument(
         "--sparsity", type=float, default=draft.sparsity, help=f"share of the block pairs to skip ({default})"
@@ -41,7 +43,10 @@ def add_parser(subparsers: argparse._SubParsersAction) -> None:
         "--tile", default=format_tile(draft.tile), help=f"tokens of a block ({default}; the paper: 8x16)"
     )
     parser.add_argument(
-        "--dense-steps", type=float, metavar="SHARE", help="of the run that stays dense (default: by the schedule)"
+        "--dense-steps",
+        type=parse_share,
+        metavar="SHARE",
+        help="of the run that stays dense (default: by the schedule)",
     )
     parser.add_argument("--backend", default=draft.backend, help=f"what computes the sparse attention ({default})")
     parser.add_argument("--dense", action="store_true", help="leave draft attention out, to compare with")
@@ -78,7 +83,9 @@ def _run(args: argparse.Namespace, ranks: Ranks) -> None:
             backend=args.backend,
         )
         if ranks.first:
-            check_writable(args.output)
+            check_writable(args.output, args.fps)
+    if not args.dense:
+        check_backend(args, config.method)
     start = image(args)
     pipe = loaded(args, ranks.split)
     with one_line(ValueError, ImportError, RuntimeError):

@@ -9,8 +9,11 @@ from typing import Any
 import torch
 from PIL import Image
 
-from ..tools.generation.loading import Model, load
+from ..attention import kernels
+from ..attention.method import Method
+from ..tools.generation.loading import Model, device, dtype_of, load
 from . import CommandError, one_line
+from .option_types import finite, rate, whole
 
 CALL = {
     "negative_prompt": "negative_prompt",
@@ -22,6 +25,9 @@ CALL = {
 }
 """Command-line option -> argument of the pipeline's call."""
 
+ANY_HEAD_DIM = 64
+"""A size that every backend takes: that of the model is not known before it is loaded."""
+
 
 def add_model_options(parser: argparse.ArgumentParser) -> None:
     """Add the options that `model`, `call` and `image` read."""
@@ -29,9 +35,9 @@ def add_model_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--image", type=Path, help="what the video starts from, for image-to-video models")
     parser.add_argument("--negative-prompt", help="what the video shall not show")
     for name, unit in (("height", "in pixels"), ("width", "in pixels"), ("frames", "of the video"), ("steps", "")):
-        parser.add_argument(f"--{name}", type=int, metavar="N", help=f"{unit} (default: the pipeline's)".strip())
-    parser.add_argument("--guidance-scale", type=float, metavar="X", help="(default: the pipeline's)")
-    parser.add_argument("--fps", type=float, default=16, help="frames per second of the file (default: 16)")
+        parser.add_argument(f"--{name}", type=whole(1), metavar="N", help=f"{unit} (default: the pipeline's)".strip())
+    parser.add_argument("--guidance-scale", type=finite, metavar="X", help="(default: the pipeline's)")
+    parser.add_argument("--fps", type=rate, default=16, help="frames per second of the file (default: 16)")
     parser.add_argument(
         "--dtype", choices=["float32", "float16", "bfloat16"], help="default: bfloat16, float32 on a CPU"
     )
@@ -50,6 +56,20 @@ def check_packages(extra: str, *packages: str) -> None:
     """Raise CommandError if a package is missing; the message names the extra that installs it."""
     if missing := [package for package in packages if find_spec(package) is None]:
         raise CommandError(f"{', '.join(missing)} is not installed: pip install 'diffusers-draft[{extra}]'")
+
+
+def check_backend(args: argparse.Namespace, method: Method) -> None:
+    """Check that a backend asked for by name can run on this machine, before a model is loaded.
+
+    Raises:
+        CommandError: if its package is missing, or it refuses the device, the dtype or the size of the blocks.
+    """
+    if method.backend == "auto":
+        return
+    with one_line(ImportError):
+        refusal = getattr(kernels.load(method.backend), "refusal", None)
+    if refusal and (reason := refusal(device(), dtype_of(model(args)), ANY_HEAD_DIM, method.block)):
+        raise CommandError(f"Backend {method.backend!r} {reason}. Choose another backend, or 'auto'.")
 
 
 def model(args: argparse.Namespace) -> Model:

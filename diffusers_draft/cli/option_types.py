@@ -1,4 +1,4 @@
-"""Types of options that argparse does not have: numbers with a least value, and a device that works here."""
+"""Types of options that argparse does not have: numbers with limits, and a device that works here."""
 
 import argparse
 import math
@@ -24,12 +24,41 @@ def whole(least: int) -> Callable[[str], int]:
 
 def seconds(text: str) -> float:
     """Read a time that is longer than nothing."""
-    try:
-        number = float(text)
-    except ValueError:
-        number = 0.0
+    return _above_zero(text, "a number of seconds")
+
+
+def rate(text: str) -> float:
+    """Read frames per second."""
+    return _above_zero(text, "a number of frames per second")
+
+
+def _above_zero(text: str, what: str) -> float:
+    number = _number(text)
     if not 0 < number < math.inf:
-        raise argparse.ArgumentTypeError(f"must be a number of seconds above 0, got {text!r}")
+        raise argparse.ArgumentTypeError(f"must be {what} above 0, got {text!r}")
+    return number
+
+
+def finite(text: str) -> float:
+    """Read a number that is neither infinite nor NaN."""
+    number = _number(text)
+    if not math.isfinite(number):
+        raise argparse.ArgumentTypeError(f"must be a finite number, got {text!r}")
+    return number
+
+
+def _number(text: str) -> float:
+    try:
+        return float(text)
+    except ValueError:
+        return math.nan
+
+
+def seed(text: str) -> int:
+    """Read a seed of torch's generators."""
+    number = whole(0)(text)
+    if number >= 1 << 63:
+        raise argparse.ArgumentTypeError(f"must be below 2^63, got {text!r}")
     return number
 
 

@@ -22,8 +22,30 @@ def parameter_names(forward: Callable[..., Any]) -> tuple[str, ...]:
 
 
 def inputs_of(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Inputs:
-    """Map the positional and keyword arguments of a forward to parameter names."""
-    return dict(zip(parameter_names(type(module).forward), args, strict=False)) | kwargs
+    """Map the positional and keyword arguments of a forward to parameter names.
+
+    Raises:
+        TypeError: for positional arguments of a forward that does not name its parameters.
+    """
+    return dict(zip(_positional_names(type(module)), args, strict=False)) | kwargs if args else kwargs
+
+
+def _positional_names(cls: type[nn.Module]) -> tuple[str, ...]:
+    """List the parameter names of a module's `forward`, or of the one that a `forward(*args, **kwargs)` hides."""
+    for base in cls.__mro__:
+        forward = vars(base).get("forward")
+        if forward is not None and not _takes_anything(forward):
+            return parameter_names(forward)
+    raise TypeError(
+        f"The forward of {cls.__name__} takes *args and does not say what they are, so draft attention cannot find "
+        "the video in them. Give it keyword arguments, or put functools.wraps on what replaced its forward."
+    )
+
+
+@functools.cache
+def _takes_anything(forward: Callable[..., Any]) -> bool:
+    parameters = inspect.signature(forward).parameters.values()
+    return any(parameter.kind is parameter.VAR_POSITIONAL for parameter in parameters)
 
 
 @dataclass(frozen=True, kw_only=True)

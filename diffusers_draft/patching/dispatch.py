@@ -47,7 +47,7 @@ def attention_call(forward: Forward, stock: Dispatch) -> Dispatch:
                 "Draft attention has no dropout, causal or grouped-query attention and takes no attention_kwargs; got "
                 f"dropout_p={dropout_p}, is_causal={is_causal}, enable_gqa={enable_gqa}, {attention_kwargs=}."
             )
-        kv_len = None if attn_mask is None or state.kv_len is None else state.kv_len.to(query.device)
+        kv_len = None if attn_mask is None or state.kv_len is None else _lengths_of(query, state.kv_len)
         exchange = exchange_of(state, parallel_config)
         if sparse and state.hook is None:
             run = exchange.attend if exchange else attend
@@ -87,6 +87,13 @@ def exchange_of(state: LayerState, parallel_config: Any) -> Exchange | None:
     if not split or state.shared is None:
         return None
     return Exchange(split._ulysses_mesh.get_group(), state.shared.shape[0], state.whole_text)
+
+
+def _lengths_of(query: Tensor, kv_len: Tensor) -> Tensor:
+    """Find the valid lengths of the samples that a layer gets."""
+    # Below the hook that learned the lengths, diffusers' FasterCache leaves out the first half of a guided batch.
+    halved = len(kv_len) == 2 * len(query)
+    return (kv_len[len(query) :] if halved else kv_len).to(query.device)
 
 
 def _hooked(

@@ -14,6 +14,8 @@ from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
 from diffusers_draft.attention import kernels
+from diffusers_draft.attention.correct import probe_rows
+from diffusers_draft.attention.layout import token_layout
 
 pytestmark = pytest.mark.usefixtures("nan_memory")
 
@@ -335,6 +337,19 @@ def test_arguments_are_left_as_they_were():
     draft_attention(*tensors, case.grid, **case.options | {"kv_len": kv_len})
     assert all(map(torch.equal, tensors, case.tensors()))
     assert torch.equal(kv_len, case.kv_len)
+
+
+@pytest.mark.parametrize("backend", ["torch", "reference"])
+def test_a_default_device_changes_nothing(backend):
+    """In a first call, which checks the backend and builds what later calls find in caches."""
+    case = Case(grid=(2, 16, 24), prefix=3, suffix=40, padding=(40, 7), sparsity=0.5, tile=(4, 8))
+    tensors, options = case.tensors(), case.options | {"backend": backend, "probes": 16}
+    expected = draft_attention(*tensors, case.grid, **options)
+    for cache in (kernels.choose, token_layout, probe_rows):
+        cache.cache_clear()
+    with torch.device("meta"):
+        out = draft_attention(*tensors, case.grid, **options)
+    assert torch.equal(out, expected)
 
 
 @pytest.mark.parametrize("backend", kernels.WITH_BACKWARD)

@@ -9,6 +9,7 @@ import oracle
 import pytest
 import torch
 from paper import draft_attention
+from torch.nn.functional import scaled_dot_product_attention as sdpa
 
 from diffusers_draft.attention import kernels
 from diffusers_draft.attention.block_mask import BlockMask
@@ -19,7 +20,12 @@ torch_kernel = importlib.import_module("diffusers_draft.attention.kernels.gather
 
 CPU = torch.device("cpu")
 FLOAT32_ERROR = 2e-6
-PROBE_KINDS = [(torch.float32, 64, 128), (torch.float16, 32, 16), (torch.bfloat16, 128, 128)]
+PROBE_KINDS = [
+    (torch.float32, 64, 128),
+    (torch.float16, 32, 16),
+    (torch.bfloat16, 128, 128),
+    (torch.float32, 16, 1024),
+]
 
 
 def random_tensors(batch, seq_len, heads, head_dim, dtype, seed=0):
@@ -142,6 +148,10 @@ def ignores_kv_len(query, key, value, mask, scale):
     return reference.forward(query, key, value, dataclasses.replace(mask, kv_len=None), scale)
 
 
+def ignores_the_scale(query, key, value, mask, scale):
+    return reference.forward(query, key, value, mask, query.shape[-1] ** -0.5)
+
+
 def gives_every_head_the_mask_of_the_first(query, key, value, mask, scale):
     lists = {
         name: getattr(mask, name)[:, :1].expand_as(getattr(mask, name)) for name in ("kv_num_blocks", "kv_indices")
@@ -172,6 +182,7 @@ def returns_nan(query, key, value, mask, scale):
 WRONG = [
     ignores_the_mask,
     ignores_kv_len,
+    ignores_the_scale,
     gives_every_head_the_mask_of_the_first,
     gives_every_sample_the_mask_of_the_first,
     forgets_the_last_listed_block,
@@ -398,6 +409,37 @@ def test_compiled_draft_attention_equals_eager(fresh_compiler, kv_len, compiler)
     tensors = random_tensors(2, 300, 2, 32, torch.float32)
     compiled = torch.compile(attend, fullgraph=True, backend=compiler)
     torch.testing.assert_close(compiled(*tensors), attend(*tensors), rtol=1e-6, atol=1e-6)
+
+
+@pytest.mark.parametrize("compiler", ["aot_eager", "inductor"])
+def test_under_autocast_a_first_call_gives_what_it_gives_without_eager_and_compiled(
+    fresh_compiler, fresh_choice, compiler
+):
+    """The layers of some models hand over a query, a key and a value of two dtypes under autocast."""
+
+    def attend(query, key, value):
+        return draft_attention(query + 0, key, value.bfloat16(), (1, 16, 16), sparsity=0.5, tile=(4, 8), probes=64)
+
+    query, key, value = tensors = random_tensors(2, 256, 2, 32, torch.float32)
+    expected = attend(*(tensor.bfloat16() for tensor in tensors))
+    compiled = torch.compile(attend, fullgraph=True, backend=compiler)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert sdpa(query, key, value.bfloat16()).dtype is torch.bfloat16
+        for run in (attend, compiled):
+            fresh_choice.cache_clear()
+            assert torch.equal(run(*tensors), expected)
+
+
+def test_a_backend_is_not_checked_under_autocast(fake_backend):
+    def forward(*arguments):
+        under.append(torch.is_autocast_enabled("cpu"))
+        return reference.forward(*arguments)
+
+    under: list = []
+    fake_backend.forward = forward
+    with torch.autocast("cpu", torch.bfloat16):
+        draft_attention(*random_tensors(1, 160, 1, 16, torch.float32), (1, 10, 16))
+    assert under == [False, False]
 
 
 def test_one_compiled_graph_takes_its_grid_from_any_shape(fresh_compiler):

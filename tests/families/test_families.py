@@ -1,13 +1,19 @@
+import contextlib
+import functools
+from typing import Any
+
 import diffusers
 import models
 import pytest
 import torch
+from diffusers import WanTransformer3DModel
 from models import RAGGED, TINY, attention_replaced, error, forward, processors
 from packaging.version import Version
 from paper import draft_attention, enable_draft_attention
 from torch import Tensor
 
 from diffusers_draft import DraftConfig
+from diffusers_draft.attention import kernels
 from diffusers_draft.attention.ops import Attended
 from diffusers_draft.families import families, family_of
 from diffusers_draft.patching import dispatch
@@ -64,6 +70,22 @@ def test_sparsity_0_is_as_close_to_float64_as_stock_is(name: str, dtype: torch.d
     stock = error(forward(model, _cast(inputs, dtype)), exact)
     enable_draft_attention(model, sparsity=0, **EVERYWHERE)
     assert error(forward(model, _cast(inputs, dtype)), exact) < 1.2 * stock
+
+
+@pytest.mark.parametrize("name", TINY)
+def test_under_autocast_sparsity_0_is_as_close_to_float32_as_stock_is(name: str) -> None:
+    """Layers hand over a query, key and value of two dtypes then, which stock attention casts to one."""
+    tiny = TINY[name]
+    model, inputs = tiny.build(), tiny.inputs(2)
+    exact = forward(model, inputs)
+    kernels.choose.cache_clear()
+    with torch.autocast("cpu", torch.bfloat16):
+        stock = forward(model, inputs)
+        handle = enable_draft_attention(model, sparsity=0, **EVERYWHERE)
+        draft = forward(model, inputs)
+    assert draft.dtype is stock.dtype
+    assert error(draft, exact) < 1.2 * error(stock, exact)
+    assert "bfloat16" in handle.report().transformers[0].backend_reason
 
 
 def _cast(inputs: models.Inputs, dtype: torch.dtype) -> models.Inputs:
@@ -164,6 +186,40 @@ def test_arguments_may_be_positional() -> None:
     with torch.no_grad():
         by_position = model(*inputs.values()).sample
     assert torch.equal(by_position, by_name)
+
+
+class HiddenParameters(WanTransformer3DModel):
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        return super().forward(*args, **kwargs)
+
+
+def test_positional_arguments_of_a_forward_that_hides_its_parameters() -> None:
+    inputs = models.wan_inputs()
+    model = models.wan()
+    with torch.no_grad(), enable_draft_attention(model, 0.8, dense_steps=0):
+        expected = model(**inputs).sample
+    model.__class__ = HiddenParameters
+    with torch.no_grad(), enable_draft_attention(model, 0.8, dense_steps=0):
+        assert torch.equal(model(*inputs.values()).sample, expected)
+
+
+@pytest.mark.parametrize("wrapped", [False, True])
+def test_a_class_whose_forward_was_replaced(wrapped: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    forward = WanTransformer3DModel.forward
+
+    def replacement(*args: Any, **kwargs: Any) -> Any:
+        return forward(*args, **kwargs)
+
+    if wrapped:
+        functools.update_wrapper(replacement, forward)
+    monkeypatch.setattr(WanTransformer3DModel, "forward", replacement)
+    inputs, model = models.wan_inputs(), models.wan()
+    with torch.no_grad(), enable_draft_attention(model, 0.8, dense_steps=0) as handle:
+        model(**inputs)
+        context = contextlib.nullcontext() if wrapped else pytest.raises(TypeError, match="Give it keyword arguments")
+        with context:
+            model(*inputs.values())
+        assert handle.report().transformers[0].forwards["sparse"] == 1 + wrapped
 
 
 @pytest.mark.parametrize("lengths", [(12, 12), (12, 1), (5, 11), (1, 1)])

@@ -4,6 +4,8 @@ import inspect
 import math
 import sys
 import weakref
+from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import diffusers
@@ -11,7 +13,11 @@ import diffusers.modular_pipelines
 import models
 import pytest
 import torch
+import torch.distributed as dist
+from diffusers.hooks import LayerSkipConfig, apply_layer_skip
+from diffusers.hooks._helpers import AttentionProcessorMetadata, AttentionProcessorRegistry
 from diffusers.models._modeling_parallel import ContextParallelConfig, ParallelConfig
+from diffusers.models.attention_processor import PAGIdentitySelfAttnProcessor2_0
 from models import RAGGED, patched, processors, run_wan, wan_inputs
 from paper import PAPER, enable_draft_attention
 from torch import Tensor, nn
@@ -140,7 +146,71 @@ def test_the_same_transformer_twice_in_a_pipeline() -> None:
     assert torch.equal(run(transformer), stock)
 
 
+@pytest.fixture
+def one_process(tmp_path: Path) -> Iterator[None]:
+    dist.init_process_group("gloo", store=dist.FileStore(str(tmp_path / "store"), 1), rank=0, world_size=1)
+    yield
+    dist.destroy_process_group()
+
+
+def with_lora(model: Any) -> Any:
+    peft = pytest.importorskip("peft")
+    return peft.get_peft_model(model, peft.LoraConfig(r=2, target_modules=["to_q", "to_v"]))
+
+
+WRAPPERS = {
+    "compiled": lambda model: torch.compile(model, backend="eager"),
+    "distributed": nn.parallel.DistributedDataParallel,
+    "lora": with_lora,
+    "lora, distributed": lambda model: nn.parallel.DistributedDataParallel(with_lora(model)),
+}
+
+
+@pytest.mark.parametrize("name", WRAPPERS)
+@pytest.mark.parametrize("in_pipeline", [False, True], ids=["alone", "in a pipeline"])
+def test_wrapped_transformer(name: str, in_pipeline: bool, one_process: None) -> None:
+    model = models.wan()
+    wrapper = WRAPPERS[name](model)
+    stock, settings = run(wrapper), dict(sparsity=0.8, dense_layers=(), dense_steps=0)
+    given = models.Loop(None, transformer=wrapper) if in_pipeline else wrapper
+    with enable_draft_attention(given, **settings) as handle:
+        sparse = run(wrapper)
+        assert not torch.allclose(sparse, stock)
+        (report,) = handle.report().transformers
+        assert report.forwards == {"dense": 0, "sparse": 1} and report.sparse_calls == 3
+    assert torch.equal(run(wrapper), stock)
+    enable_draft_attention(given, **settings)
+    disable_draft_attention(given)
+    assert patched(model) == []
+    with enable_draft_attention(model, **settings):
+        assert torch.allclose(run(model), sparse, atol=1e-5)
+
+
 # What cannot
+
+
+class Around(nn.Module):
+    def __init__(self, inner: nn.Module) -> None:
+        super().__init__()
+        self.inner = inner
+
+
+def test_a_wrapper_that_is_not_known_is_named_with_what_is_in_it() -> None:
+    wrapper = Around(models.wan())
+    for given in (wrapper, models.Loop(None, transformer=wrapper)):
+        with pytest.raises(
+            TypeError, match=r"does not know the wrapper Around\. Give it the WanTransformer3DModel inside"
+        ):
+            enable_draft_attention(given)
+    assert patched(wrapper.inner) == []
+
+
+def test_modular_pipeline_before_its_components_are_loaded() -> None:
+    for call in (enable_draft_attention, disable_draft_attention):
+        with pytest.raises(
+            TypeError, match=r"^The transformer of this \w+ is not loaded. Call its load_components\(\)"
+        ):
+            call(modular_wan_pipeline())
 
 
 def test_unknown_transformer() -> None:
@@ -192,7 +262,7 @@ class MyWanAttnProcessor(type(models.wan().blocks[0].attn1.processor)):
     """Calls upstream's code, but is not upstream's."""
 
 
-@pytest.mark.parametrize("make", [MyProcessor, MyWanAttnProcessor])
+@pytest.mark.parametrize("make", [MyProcessor, MyWanAttnProcessor, PAGIdentitySelfAttnProcessor2_0])
 def test_custom_processor(make: Any) -> None:
     model = models.wan()
     model.blocks[1].attn1.processor = make()
@@ -200,6 +270,42 @@ def test_custom_processor(make: Any) -> None:
     with pytest.raises(ValueError, match=rf"blocks\.1\.attn1.*{make.__name__}.*WanAttnProcessor"):
         enable_draft_attention(model)
     assert state(model) == before
+
+
+def with_perturbed_attention(model: nn.Module, layer: int) -> None:
+    config = LayerSkipConfig(indices=[layer], skip_attention=False, skip_attention_scores=True, skip_ff=False)
+    apply_layer_skip(model, config)
+
+
+@pytest.fixture
+def perturbed_attention(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Lets diffusers' guidance into Wan, whose processor its registry has under an older name."""
+    AttentionProcessorRegistry._register()
+    metadata = AttentionProcessorMetadata(
+        skip_processor_output_fn=lambda module, hidden_states, *_, **__: hidden_states
+    )
+    stock = type(models.wan().blocks[0].attn1.processor)
+    monkeypatch.setitem(AttentionProcessorRegistry._registry, stock, metadata)
+
+
+def test_perturbed_attention_guidance_is_not_silenced(perturbed_attention: None) -> None:
+    model = models.wan()
+    stock = run(model)
+    with_perturbed_attention(model, 1)
+    perturbed = run(model)
+    assert not torch.allclose(perturbed, stock)
+    with pytest.raises(ValueError, match=r"blocks\.1\.attn1 .*perturbed attention guidance .*dense_layers"):
+        enable_draft_attention(model, 0, dense_layers=(0,), dense_steps=0)
+    assert not patched(model)
+    with enable_draft_attention(model, 0, dense_layers=(1,), dense_steps=0):
+        assert torch.allclose(run(model), perturbed, atol=1e-5)
+
+
+def test_perturbed_attention_guidance_after_enabling_is_an_error(perturbed_attention: None) -> None:
+    model = models.wan()
+    enable_draft_attention(model, dense_layers=())
+    with pytest.raises(ValueError, match="not registered"):
+        with_perturbed_attention(model, 1)
 
 
 def test_custom_processor_on_cross_attention_is_fine() -> None:

@@ -12,7 +12,13 @@ import diffusers
 import models
 import pytest
 import torch
-from diffusers import FirstBlockCacheConfig, PyramidAttentionBroadcastConfig, WanPipeline, WanTransformer3DModel
+from diffusers import (
+    FasterCacheConfig,
+    FirstBlockCacheConfig,
+    PyramidAttentionBroadcastConfig,
+    WanPipeline,
+    WanTransformer3DModel,
+)
 from diffusers.models.attention_dispatch import AttentionBackendName, _AttentionBackendRegistry
 from diffusers.models.transformers.transformer_wan import WanAttnProcessor
 from models import error, patched, processors, run_wan, wan_inputs
@@ -23,6 +29,8 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from diffusers_draft import DraftHandle, disable_draft_attention
+from diffusers_draft.attention import kernels
+from diffusers_draft.attention.layout import token_layout
 
 SPARSE_LAYERS = ["blocks.1.attn1", "blocks.2.attn1"]
 LOADED_ERROR = 1e-5
@@ -134,6 +142,31 @@ def test_dtype_changed_while_enabled() -> None:
     assert half.dtype is torch.bfloat16
     assert error(half, sparse) < 5e-2
     assert "bfloat16" in handle.report().transformers[0].backend_reason
+
+
+def test_mixed_precision_of_accelerate() -> None:
+    model = accelerate.Accelerator(mixed_precision="bf16", cpu=True).prepare_model(models.hunyuan_video())
+    inputs = models.hunyuan_video_inputs(2)
+    stock = run(model, inputs)
+    handle = enable_draft_attention(model, sparsity=0)
+    draft = run(model, inputs)
+    assert draft.dtype is stock.dtype is torch.float32
+    assert error(draft, stock) < 1e-2
+    assert "bfloat16" in handle.report().transformers[0].backend_reason
+
+
+@pytest.mark.parametrize("name", ["wan", "hunyuan_video"])
+def test_default_device(name: str) -> None:
+    tiny = models.TINY[name]
+    model, fresh, inputs = tiny.build(), tiny.build(), tiny.inputs(2)
+    enable_draft_attention(model, probes=16)
+    expected = run(model, inputs)
+    kernels.choose.cache_clear()
+    token_layout.cache_clear()
+    with torch.device("meta"):
+        handle = enable_draft_attention(fresh, probes=16)
+        assert torch.equal(run(fresh, inputs), expected)
+        assert handle.report().transformers[0].density < 1
 
 
 def lora_config() -> LoraConfig:
@@ -316,6 +349,51 @@ def test_cache(cache: str, order: str, dense_video: Tensor) -> None:
     pipe.transformer.disable_cache()
     assert error(run_wan(pipe), dense_video) < 1e-5
     assert patched(pipe.transformer) == SPARSE_LAYERS
+
+
+def faster_cache(inputs: models.Inputs) -> FasterCacheConfig:
+    """Leaves out the first half of the batch in every second forward, and nothing else."""
+    batched = [name for name, value in inputs.items() if torch.is_tensor(value) and value.shape[0] == 2]
+    return FasterCacheConfig(
+        spatial_attention_timestep_skip_range=(-1, 0),
+        unconditional_batch_skip_range=2,
+        unconditional_batch_timestep_skip_range=(-1, 901),
+        current_timestep_callback=lambda: 500,
+        attention_weight_callback=lambda module: 0.3,
+        _unconditional_conditional_input_kwargs_identifiers=batched,
+    )
+
+
+GUIDED = {
+    "wan",
+    "hunyuan_video",
+    "HunyuanVideo15Transformer3DModel",
+    "MochiTransformer3DModel",
+    "MotifVideoTransformer3DModel",
+}
+
+
+@pytest.mark.parametrize("order", ["before", "after"])
+@pytest.mark.parametrize("name", sorted(GUIDED & models.TINY.keys()))
+def test_faster_cache_with_guidance(name: str, order: str) -> None:
+    tiny = models.TINY[name]
+    inputs = tiny.inputs(2)
+
+    def two_forwards(model: Any) -> list[Tensor]:
+        with torch.no_grad():
+            return [model(**inputs, return_dict=False)[0] for _ in range(2)]
+
+    expected, model = tiny.build(), tiny.build()
+    expected.enable_cache(faster_cache(inputs))
+    if order == "after":
+        model.enable_cache(faster_cache(inputs))
+    handle = enable_draft_attention(model, sparsity=0, dense_layers=())
+    if order == "before":
+        model.enable_cache(faster_cache(inputs))
+    stock = two_forwards(expected)
+    assert error(stock[1], stock[0]) > 1e-3
+    assert max(map(error, two_forwards(model), stock)) < models.FLOAT32_ERROR
+    assert handle.report().transformers[0].density == 1
 
 
 def test_saved_transformer_is_stock(tmp_path: Any) -> None:

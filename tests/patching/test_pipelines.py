@@ -83,7 +83,7 @@ def test_every_resolution_and_length() -> None:
     for grid in ((3, 13, 17), (1, 13, 17), (3, 17, 13), (4, 8, 16)):
         video = run_wan(pipe, grid=grid, steps=2)
         assert handle.report().transformers[0].grid == grid
-        with enable_draft_attention(pipe, sparsity=0, dense_steps=1) as dense:
+        with enable_draft_attention(pipe, sparsity=0, dense_steps=1.0) as dense:
             stock = run_wan(pipe, grid=grid, steps=2)
         assert dense.report().transformers[0].forwards["sparse"] == 0
         assert error(video, stock) < 1e-5

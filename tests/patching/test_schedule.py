@@ -88,7 +88,7 @@ def test_hunyuan_video_pipeline_is_dense_above_its_default_timestep(true_cfg: bo
     [
         (dict(dense_steps=0.25), 2),
         (dict(dense_steps=0), 0),
-        (dict(dense_steps=1), 8),
+        (dict(dense_steps=1.0), 8),
         (dict(dense_steps=0.25, dense_timestep=0), 2),
         (dict(dense_timestep=math.inf), 0),
         (dict(dense_timestep=0), 8),
@@ -127,7 +127,7 @@ def test_every_run_begins_anew() -> None:
 
 def test_two_runs_of_one_step_are_two_steps() -> None:
     pipe = models.wan_pipeline()
-    handle = enable_draft_attention(pipe, dense_steps=1)
+    handle = enable_draft_attention(pipe, dense_steps=1.0)
     for _ in range(2):
         run_wan(pipe, grid=SMALL, steps=1)
     assert counts(handle, "steps") == {"dense": 2, "sparse": 0}

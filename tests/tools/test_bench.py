@@ -212,8 +212,9 @@ def test_a_run_that_fails_leaves_files_as_they_were(before, tmp_path, monkeypatc
         raise KeyboardInterrupt
 
     monkeypatch.setattr(bench, "run_dense", interrupted)
-    with pytest.raises(KeyboardInterrupt):
+    with pytest.raises(SystemExit) as exit_:
         main([*TINY, "--json", str(table)])
+    assert exit_.value.code == 130
     assert (table.read_text() if table.exists() else None) == before
     assert len(list(tmp_path.iterdir())) == (before is not None)
 

@@ -2,7 +2,9 @@
 
 import contextlib
 import io
+import os
 import re
+import signal
 import subprocess
 import sys
 
@@ -19,6 +21,7 @@ from torch.nn.functional import scaled_dot_product_attention
 import diffusers_draft
 from diffusers_draft import DraftConfig
 from diffusers_draft.cli import main
+from diffusers_draft.tools.demo import model
 from diffusers_draft.tools.demo.capture import Captured, captured
 from diffusers_draft.tools.demo.model import WEIGHTS, demo_pipeline
 from diffusers_draft.tools.demo.pictures import draft_picture, side_by_side
@@ -95,7 +98,9 @@ def test_sparsity_0_gives_the_dense_video(tmp_path, capsys):
     [
         (["demo", "--sparsity", "1.5"], "sparsity must be in [0, 1), got 1.5"),
         (["demo", "--sparsity", "much"], "invalid float value: 'much'"),
-        (["demo", "--steps", "0"], "--steps must be at least 1"),
+        (["demo", "--steps", "0"], "--steps: must be a whole number from 1 on, got '0'"),
+        (["demo", "--seed", "-1"], "--seed: must be a whole number from 0 on, got '-1'"),
+        (["demo", "--seed", str(2**63)], "--seed: must be below 2^63"),
         (["demo", "--frames", "4"], "--frames must be an odd number"),
         (["demo", "--height", "40"], "--height must be a multiple of 16"),
         (["demo", "--width", "-16"], "--width must be a multiple of 16"),
@@ -124,6 +129,33 @@ def test_output_that_is_a_file_is_an_error(tmp_path, capsys):
         main(["demo", *TINY, "--output", str(file)])
     assert exit_.value.code == 2
     assert capsys.readouterr().err.count("\n") == 1
+
+
+@pytest.mark.parametrize("name", ["dense-and-draft.gif", "draft-map.png"])
+def test_a_file_that_cannot_be_written_is_found_before_the_work(name, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(model, "demo_pipeline", None)
+    (tmp_path / name).mkdir()
+    with pytest.raises(SystemExit) as exit_:
+        main(["demo", *TINY, "--output", str(tmp_path)])
+    assert exit_.value.code == 2
+    err = capsys.readouterr().err
+    assert f"{name} cannot be written: it is not a file" in err and err.count("\n") == 1
+    assert [path.name for path in tmp_path.iterdir()] == [name]
+
+
+def test_ctrl_c_is_one_line(tmp_path):
+    many = [*TINY, "--steps", "100000", "--output", str(tmp_path)]
+    command = [sys.executable, "-m", "diffusers_draft", "demo", *many]
+    with subprocess.Popen(command, stderr=subprocess.PIPE) as process:
+        printed = b""
+        while b" 0/100000" not in printed and process.poll() is None:
+            printed += os.read(process.stderr.fileno(), 4096)
+        process.send_signal(signal.SIGINT)
+        printed += process.stderr.read()
+    assert process.returncode == 130
+    bar, line, _ = printed.decode().split("\n")[-3:]
+    assert "step/s" in bar and line == "diffusers-draft: stopped"
+    assert list(tmp_path.iterdir()) == []
 
 
 @pytest.mark.parametrize("package", ["matplotlib", "ftfy"])  # of which the pipeline would miss one only later

@@ -60,13 +60,13 @@ def arguments(folder, output, *more):
     return ["eval", *model, *SIZE, *map(str, more)]
 
 
-def fails(argv, capsys):
+def fails(argv, capsys, code=2):
     """Runs a command that must fail; its one line on stderr."""
     with pytest.raises(SystemExit) as exit_:
         main(argv)
-    assert exit_.value.code == 2
+    assert exit_.value.code == code
     line = capsys.readouterr().err.rstrip("\n").rpartition("\n")[2]
-    assert line.startswith("diffusers-draft: error: ")
+    assert line.startswith("diffusers-draft: error: " if code == 2 else "diffusers-draft: ")
     return line
 
 
@@ -240,7 +240,7 @@ def test_interrupt_is_one_line_that_says_how_to_go_on(folder, tmp_path, monkeypa
         raise KeyboardInterrupt
 
     monkeypatch.setattr(Study, "_make", interrupt)
-    line = fails(arguments(folder, tmp_path / "out", "--sparsity", "0.5"), capsys)
+    line = fails(arguments(folder, tmp_path / "out", "--sparsity", "0.5"), capsys, code=130)
     assert f"stopped; the same command goes on from what is in {tmp_path / 'out'}" in line
 
 
@@ -271,6 +271,7 @@ def test_full_disk_is_one_line_and_keeps_what_was_done(folder, tmp_path, monkeyp
         ([], "There is nothing to compare"),
         (["--sparsity", "2"], "sparsity must be in [0, 1), got 2.0"),
         (["--sparsity", "much"], "sparsity cannot be 'much'"),
+        (["--dense-steps", "0.5", "1"], "got 1. For one step of 50 give 0.02, for all of them 1.0"),
         (["--tile", "8by16"], "tile cannot be '8by16'"),
         (["--selection", "best"], "selection cannot be 'best': expected one of draft, random, local, oracle"),
         (
@@ -287,6 +288,9 @@ def test_full_disk_is_one_line_and_keeps_what_was_done(folder, tmp_path, monkeyp
         (["--sparsity", "0.5", "--vbench"], "pip install vbench"),
         (["--sparsity", "0.5", "--attention", "--compile"], "need a model that is not compiled"),
         (["--sparsity", "0.5", "--height", "100"], "divisible by 16"),
+        (["--sparsity", "0.5", "--backend", "torch", "fa4"], "Backend 'fa4' needs "),
+        (["--dense-layers", "none", "0+99"], "dense_layers has [99], but WanTransformer3DModel has 3 layers"),
+        (["--sparsity", "0.5", "--output", "taken"], "results.csv cannot be written: it is not a file"),
         (["--sparsity", "0.5", "--model", "/nowhere"], "'/nowhere' is neither a folder nor a hub id"),
     ],
 )
@@ -294,8 +298,26 @@ def test_errors_are_one_line(more, message, folder, tmp_path, monkeypatch, capsy
     monkeypatch.chdir(tmp_path)
     (tmp_path / "binary.txt").write_bytes(b"\xff\xfe\x00")
     (tmp_path / "empty.txt").write_text("\n \n")
+    (tmp_path / "taken" / "results.csv").mkdir(parents=True)
     (tmp_path / "other.csv").write_text("text,id\na,1\n")
     assert message in fails(arguments(folder, tmp_path / "out", *more), capsys)
+    assert not list(tmp_path.glob("*/clips/*")), "it was found before the first clip"
+
+
+@pytest.mark.parametrize(
+    ("more", "message"),
+    [
+        (["--steps", "0"], "argument --steps: must be a whole number from 1 on, got '0'"),
+        (["--fps", "0"], "argument --fps: must be a number of frames per second above 0, got '0'"),
+        (["--attention", "-1"], "argument --attention: must be a whole number from 0 on, got '-1'"),
+        (["--seeds", "0", "-1"], "argument --seeds: must be a whole number from 0 on, got '-1'"),
+    ],
+)
+def test_numbers_that_are_none_are_one_line(more, message, folder, tmp_path, capsys):
+    with pytest.raises(SystemExit):
+        main(arguments(folder, tmp_path, "--sparsity", "0.5", *more))
+    err = capsys.readouterr().err
+    assert message in err and err.count("\n") == 1
 
 
 def test_folder_of_another_study_is_refused(folder, done, capsys):

@@ -14,7 +14,7 @@ from paper import enable_draft_attention
 from PIL import Image
 
 from diffusers_draft import DraftConfig
-from diffusers_draft.cli import main
+from diffusers_draft.cli import main, model_options
 from diffusers_draft.tools.demo.model import WEIGHTS
 from diffusers_draft.tools.generation import video
 from diffusers_draft.tools.generation.loading import Model, load, pipeline_class, supported_pipelines
@@ -211,6 +211,58 @@ def test_pipeline_class_follows_the_model_index():
     assert "WanAnimatePipeline" not in supported_pipelines()
 
 
+@pytest.fixture
+def nothing_is_loaded(monkeypatch):
+    def load(*arguments, **options):
+        raise AssertionError("the model was loaded first")
+
+    monkeypatch.setattr(model_options, "load", load)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--backend", "triton"], "Backend 'triton' needs "),
+        (["--backend", "fa4"], "Backend 'fa4' needs "),
+        (["--fps", "-5"], "--fps: must be a number of frames per second above 0, got '-5'"),
+        (["--fps", "nan"], "--fps: must be a number of frames per second above 0, got 'nan'"),
+        (["--steps", "0"], "--steps: must be a whole number from 1 on, got '0'"),
+        (["--frames", "-1"], "--frames: must be a whole number from 1 on, got '-1'"),
+        (["--height", "0"], "--height: must be a whole number from 1 on, got '0'"),
+        (["--width", "12.5"], "--width: must be a whole number from 1 on, got '12.5'"),
+        (["--guidance-scale", "nan"], "--guidance-scale: must be a finite number, got 'nan'"),
+        (["--seed", str(2**64)], "--seed: must be below 2^63"),
+        (["--probes", "-1"], "probes must be a whole number of rows"),
+    ],
+)
+def test_options_are_checked_before_the_model_is_loaded(options, message, tmp_path, nothing_is_loaded, capsys):
+    if torch.cuda.is_available() and "--backend" in options:
+        pytest.skip("it may run here")
+    generate("--model", "owner/name", *SMALL, "--output", tmp_path / "a.mp4", *options, code=2)
+    err = capsys.readouterr().err
+    assert message in err and err.count("\n") == 1
+
+
+def test_a_frame_rate_that_ffmpeg_refuses_is_found_before_the_model_is_loaded(tmp_path, nothing_is_loaded, capsys):
+    generate("--model", "owner/name", *SMALL, "--output", tmp_path / "a.mp4", "--fps", "1e300", code=2)
+    assert "ffmpeg could not write a video" in one_line(capsys)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_ctrl_c_is_one_line_and_leaves_no_file(folder, tmp_path, monkeypatch, capsys):
+    def interrupt(frames, path, fps):
+        path.write_bytes(b"half a file")
+        if len(frames) > 1:
+            raise KeyboardInterrupt
+        encode(frames, path, fps)
+
+    encode = video._encode
+    monkeypatch.setattr(video, "_encode", interrupt)
+    generate("--model", folder / "wan", *SMALL, "--dense", "--output", tmp_path / "video.mp4", code=130)
+    assert capsys.readouterr().err.endswith("\ndiffusers-draft: stopped\n")
+    assert list(tmp_path.iterdir()) == []
+
+
 @pytest.mark.parametrize(
     ("model", "options", "message"),
     [
@@ -221,6 +273,7 @@ def test_pipeline_class_follows_the_model_index():
         ("wan", ["--sparsity", "1.5"], "sparsity must be in [0, 1), got 1.5"),
         ("wan", ["--tile", "8by8"], "A tile is numbers of tokens joined by x, as in 2x8x8, got '8by8'"),
         ("wan", ["--dense-steps", "2"], "dense_steps is a share of the run"),
+        ("wan", ["--dense-steps", "1"], "got 1. For one step of 50 give 0.02, for all of them 1.0"),
         ("wan", ["--backend", "magic"], "Unknown backend 'magic'"),
         ("wan", ["--backend", "triton"], "Backend 'triton' needs "),
         ("wan", ["--image", "missing.png"], "No such file or directory: 'missing.png'"),

@@ -73,7 +73,7 @@ def _rows_by_shape(mask: BlockMask) -> dict[tuple[int, int, int], Tensor]:
     last_block = mask.kv_indices.gather(-1, mask.kv_num_blocks[..., None].long() - 1)[..., 0].cpu()
     valid_len = mask.valid_len.cpu().long()[:, None, None]
     keys = (counts - 1) * mask.block + (valid_len - last_block * mask.block).clamp(max=mask.block)
-    queries = torch.full((num_blocks,), mask.block)
+    queries = torch.full((num_blocks,), mask.block, device="cpu")
     queries[-1] = mask.seq_len - (num_blocks - 1) * mask.block
     shapes = torch.stack([counts, queries.expand_as(counts), keys], dim=-1).view(-1, 3)
     unique, group = torch.unique(shapes, dim=0, return_inverse=True)

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from ...attention.method import format_tile, parse_tile
-from ...config import DraftConfig
+from ...config import DraftConfig, parse_share
 from .selection import SELECTIONS
 
 ALWAYS_NAMED = ("sparsity", "schedule", "score", "probes", "budget", "tile")
@@ -57,7 +57,7 @@ PARSERS: dict[str, Callable[[str], Any]] = {
     "probes": int,
     "budget": str,
     "tile": parse_tile,
-    "dense_steps": float,
+    "dense_steps": parse_share,
     "dense_timestep": float,
     "dense_layers": _layers,
     "backend": str,
@@ -117,4 +117,6 @@ def _text(key: str, value: Any) -> str:
         return format_tile(value)
     if key == "dense_layers":
         return "+".join(map(str, value)) or "none"
+    if key == "dense_steps" and value == 1:
+        return "1.0"  # a 1 would be read as one step
     return f"{value:g}" if isinstance(value, float) else str(value)

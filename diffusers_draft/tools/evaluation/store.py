@@ -13,6 +13,9 @@ from .settings import Setting
 
 Json = dict[str, Any]
 
+FOLDERS = ("clips", "dense", "attention", "videos")
+"""In the folder of a study."""
+
 
 class Store:
     """Stored results by prompt, seed and setting; a setting of None is the dense run.
@@ -31,7 +34,7 @@ class Store:
         """
         self.folder = folder
         self.facts = json.loads(json.dumps(facts))
-        for name in ("clips", "dense", "attention", "videos"):
+        for name in FOLDERS:
             (folder / name).mkdir(parents=True, exist_ok=True)
         known = self._read("study")
         if known is None:

@@ -104,6 +104,9 @@ class Study:
     def _pipe(self) -> Any:
         pipe = self.pipeline()
         pipe.set_progress_bar_config(leave=False, position=1)
+        for setting in self.settings:  # one that this model refuses is found before the dense clips
+            with enabled(pipe, setting):
+                pass
         return pipe
 
     def _is_done(self, prompt: str, seed: int, setting: Setting | None) -> bool:

@@ -49,6 +49,11 @@ def device() -> torch.device:
     return torch.device(found.type, torch.accelerator.current_device_index()) if found else torch.device("cpu")
 
 
+def dtype_of(model: Model) -> torch.dtype:
+    """Get the dtype that a model computes in on this machine."""
+    return model.dtype or (torch.float32 if device().type == "cpu" else torch.bfloat16)
+
+
 def supported_pipelines() -> list[str]:
     """List the names of supported pipelines whose call makes a video from text, or from text and an image."""
     names = [name for row in CATALOGUE.values() for name in row.pipelines if hasattr(diffusers, name)]
@@ -84,7 +89,7 @@ def load(model: Model, *, with_image: bool = False, prepare: Callable[[Any], Non
     where = device()
     if model.offload != "none" and where.type == "cpu":
         raise ValueError(f"Offloading ({model.offload}) needs an accelerator such as CUDA, and there is none.")
-    dtype = model.dtype or (torch.float32 if where.type == "cpu" else torch.bfloat16)
+    dtype = dtype_of(model)
     index = _index(model.name)
     chosen = pipeline_class(index, with_image)
     exact = [name for name, entry in index.items() if isinstance(entry, list) and entry[1] in FLOAT32_COMPONENTS]

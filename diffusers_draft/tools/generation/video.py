@@ -10,8 +10,8 @@ import imageio_ffmpeg
 import numpy as np
 
 
-def check_writable(path: Path) -> None:
-    """Check that a video can be written later, by encoding a tiny one in the same folder.
+def check_writable(path: Path, fps: float) -> None:
+    """Check that a video can be written later, by encoding a tiny one in the same folder at the same frame rate.
 
     Raises:
         OSError: if encoding fails: the folder is not writable, the disk is full, or ffmpeg does not work.
@@ -23,7 +23,7 @@ def check_writable(path: Path) -> None:
         raise IsADirectoryError(f"{path} is a folder.")
     path.parent.mkdir(parents=True, exist_ok=True)
     trial = path.with_name(f".{path.stem}.trial.mp4")
-    write_video(np.zeros((1, 32, 32, 3), np.uint8), trial, fps=1)
+    write_video(np.zeros((1, 32, 32, 3), np.uint8), trial, fps)
     trial.unlink()
 
 
@@ -79,6 +79,6 @@ def keep_frames(frames: np.ndarray, path: Path) -> Path:
 def _save(frames: np.ndarray, path: Path) -> None:
     try:
         np.savez_compressed(path, frames=frames)
-    except OSError:
+    except BaseException:
         path.unlink(missing_ok=True)
         raise
