@@ -15,7 +15,7 @@ from ..attention import kernels
 from ..config import DraftConfig
 from ..families.family import Family, inputs_of
 from .clock import Clock, Moment
-from .forward import Forward, Hook
+from .forward import Forward, Hook, check_not_exporting
 from .processors import PatchedLayers
 from .recomputation import Recomputation
 from .records import Counts, LayerRecord, SparseForward
@@ -29,6 +29,11 @@ _shadows: weakref.WeakKeyDictionary[nn.Module, Shadow] = weakref.WeakKeyDictiona
 """Of every transformer that was ever patched, for its life."""
 
 
+OUTSIDE = (
+    "Draft attention learns the grid in this hook, outside of any graph. Compile the transformer itself, not a "
+    "function around it, and disable draft attention before it is exported."
+)
+"""Said by `torch.compile` and `torch.export` where they meet the hook."""
 MOST_FORWARDS = 512
 """Sparse forwards of a run that are remembered: each holds small tensors of every layer on the device."""
 
@@ -136,9 +141,10 @@ class Attachment(StockWhenCopied):
                 self.forward.hook = before
 
     # `torch.compile` calls a module's hooks outside the graph of its forward, so this one may simply stay eager.
-    @torch.compiler.disable
+    @torch.compiler.disable(reason=OUTSIDE)
     def __call__(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """Learn the grid and the lengths, decide dense or sparse, and count: the forward pre-hook."""
+        check_not_exporting()
         self.forward.begin()
         try:
             self._learn(module, args, kwargs)

@@ -92,8 +92,9 @@ class Forward(LayerState):
         """Note which layer is about to run.
 
         Raises:
-            RuntimeError: if it runs outside of the transformer's forward, whose grid is unknown then.
+            RuntimeError: if it runs outside of the transformer's forward, whose grid is unknown then, or is exported.
         """
+        check_not_exporting()
         state = self.here()
         if state is not self:
             state.layer = LayerRecord(layer.path)  # what happened in the forward itself stays
@@ -115,6 +116,15 @@ class Forward(LayerState):
             return False
         self.open = False
         return self.turn.give()
+
+
+def check_not_exporting() -> None:
+    """Raise RuntimeError under `torch.export` and `torch.jit.trace`: a graph would hold one step's state for ever."""
+    if torch.compiler.is_exporting() or torch.jit.is_tracing():
+        raise RuntimeError(
+            "Draft attention cannot be exported or traced: the graph would hold the grid and the density of one step. "
+            "Disable it before torch.export or torch.jit.trace, and enable it on the transformer that runs."
+        )
 
 
 def _strayed(layer: LayerRecord) -> str:

@@ -193,6 +193,22 @@ def test_a_turn_that_was_lost_is_taken() -> None:
     assert not turn.give()
 
 
+@pytest.mark.parametrize("how", ["export", "strict export", "trace"])
+@pytest.mark.parametrize("sparsity", [0.0, 0.7])
+def test_exports_are_refused(how: str, sparsity: float) -> None:
+    model, inputs = models.wan().eval(), models.wan_inputs(1, (3, 13, 17))
+    arguments = tuple(inputs[name] for name in ("hidden_states", "timestep", "encoder_hidden_states"))
+    enable_draft_attention(model, sparsity)
+    expected = run(model, inputs)
+    message = "before it is exported" if how == "strict export" else "cannot be exported or traced"
+    with pytest.raises(Exception, match=message), torch.no_grad():
+        if how == "trace":
+            torch.jit.trace(model, arguments, strict=False)
+        else:
+            torch.export.export(model, arguments, strict=how == "strict export")
+    assert torch.equal(run(model, inputs), expected)
+
+
 @pytest.mark.parametrize("compiled", [False, True])
 def test_blocks_and_forward_called_past_the_hooks_are_refused(compiled: bool) -> None:
     model = models.wan().eval()
