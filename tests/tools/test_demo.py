@@ -1,6 +1,7 @@
 """The `diffusers-draft` command and the demo behind it."""
 
 import contextlib
+import functools
 import io
 import os
 import re
@@ -146,7 +147,9 @@ def test_a_file_that_cannot_be_written_is_found_before_the_work(name, tmp_path, 
 def test_ctrl_c_is_one_line(tmp_path):
     many = [*TINY, "--steps", "100000", "--output", str(tmp_path)]
     command = [sys.executable, "-m", "diffusers_draft", "demo", *many]
-    with subprocess.Popen(command, stderr=subprocess.PIPE) as process:
+    # Whoever runs the tests in the background has Ctrl-C ignored, and processes inherit that.
+    heed = functools.partial(signal.signal, signal.SIGINT, signal.SIG_DFL)
+    with subprocess.Popen(command, stderr=subprocess.PIPE, preexec_fn=heed) as process:
         printed = b""
         while b" 0/100000" not in printed and process.poll() is None:
             printed += os.read(process.stderr.fileno(), 4096)
