@@ -29,6 +29,11 @@ _shadows: weakref.WeakKeyDictionary[nn.Module, Shadow] = weakref.WeakKeyDictiona
 """Of every transformer that was ever patched, for its life."""
 
 
+NOT_IN_A_GRAPH = (
+    "Draft attention decides every forward anew, and torch.export and torch.jit.trace would keep what one of them did "
+    "for ever. Disable it before exporting."
+)
+
 MOST_FORWARDS = 512
 """Sparse forwards of a run that are remembered: each holds small tensors of every layer on the device."""
 
@@ -136,9 +141,16 @@ class Attachment(StockWhenCopied):
                 self.forward.hook = before
 
     # `torch.compile` calls a module's hooks outside the graph of its forward, so this one may simply stay eager.
-    @torch.compiler.disable
+    # A strict export shows the reason; where others run this code, they trace.
+    @torch.compiler.disable(reason=NOT_IN_A_GRAPH)
     def __call__(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        """Learn the grid and the lengths, decide dense or sparse, and count: the forward pre-hook."""
+        """Learn the grid and the lengths, decide dense or sparse, and count: the forward pre-hook.
+
+        Raises:
+            RuntimeError: if the forward is exported or traced.
+        """
+        if torch.compiler.is_exporting() or torch.jit.is_tracing():
+            raise RuntimeError(NOT_IN_A_GRAPH)
         self.forward.begin()
         try:
             self._learn(module, args, kwargs)

@@ -363,3 +363,26 @@ def test_enabling_again_compiles_nothing(name: str, way: str, settings: str) -> 
     # As many as stock for sparse layers, and for each kind of block one more for dense steps and one for stock.
     kinds = {"wan": 1, "hunyuan_video": 2}[name] if way == "regional" else 1
     assert before == stock[-1] + 2 * kinds
+
+
+def by_export(transformer: Any, *, strict: bool) -> None:
+    torch.export.export(transformer, (), models.wan_inputs(), strict=strict)
+
+
+def by_trace(transformer: Any) -> None:
+    torch.jit.trace(lambda *inputs: transformer(*inputs, return_dict=False)[0], tuple(models.wan_inputs().values()))
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::torch.jit.TracerWarning")
+@pytest.mark.parametrize("sparse", [True, False])
+@pytest.mark.parametrize(
+    "record", [functools.partial(by_export, strict=True), functools.partial(by_export, strict=False), by_trace]
+)
+def test_a_graph_for_ever_is_refused(record: Any, sparse: bool) -> None:
+    pipe = models.wan_pipeline()
+    handle = diffusers_draft.enable_draft_attention(pipe, dense_steps=0.0 if sparse else 1.0, schedule="constant")
+    with pytest.raises(RuntimeError, match=r"torch\.export and torch\.jit\.trace .* Disable it before exporting"):
+        record(pipe.transformer)
+    assert handle.report().transformers[0].forwards == {"dense": 0, "sparse": 0}
+    models.run_wan(pipe, steps=1)  # nothing stays behind
+    assert sum(handle.report().transformers[0].forwards.values()) == 2
