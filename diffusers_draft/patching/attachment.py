@@ -54,6 +54,7 @@ class Attachment(StockWhenCopied):
         records: of each sparse layer, by module path, in execution order.
         counts: what happened so far.
         log: of the latest run.
+        given_up: whether whoever asked for these settings no longer wants them.
         last_grid: `(T, Y, X)` tokens of the last forward.
     """
 
@@ -77,6 +78,7 @@ class Attachment(StockWhenCopied):
         self.records = {path: LayerRecord(path) for path in sparse_layers}
         self.counts = Counts()
         self.log: collections.deque[SparseForward] = collections.deque(maxlen=MOST_FORWARDS)
+        self.given_up = False
         self.last_grid: tuple[int, int, int] | None = None
         self._last_moment: Moment | None = None
         self._step: SparseStep | None = None
