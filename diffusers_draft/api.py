@@ -1,6 +1,7 @@
 """The public verbs: enable, report, disable. Everything is checked before anything is changed."""
 
 import contextlib
+import weakref
 from collections.abc import Iterable, Iterator
 from typing import Any
 
@@ -11,7 +12,7 @@ from .patching.attachment import Attachment, attachment_of, check_not_running
 from .patching.clock import Clock
 from .patching.forward import Hook
 from .patching.parallel import enable_parallelism
-from .patching.report import DraftReport, report_on
+from .patching.report import DraftReport, components_of, report_on, warn_of_dense_components
 from .patching.schedule import Schedule, schedule_for
 from .patching.targets import choose_layers, known_transformers
 
@@ -19,19 +20,35 @@ __all__ = ["DraftHandle", "disable_draft_attention", "enable_draft_attention", "
 
 
 class DraftHandle:
-    """Draft attention in a pipeline or transformer; also a context manager that disables it on exit.
+    """Draft attention in a pipeline or transformer; also a context manager.
+
+    Leaving the context restores what enabling replaced: the stock attention, or the settings of an outer context. It
+    changes nothing if something else has replaced or disabled these settings meanwhile.
 
     Attributes:
         config: the settings in force.
     """
 
-    def __init__(self, config: DraftConfig, attachments: dict[str, Attachment]) -> None:
+    def __init__(
+        self, pipe: Any, config: DraftConfig, attachments: dict[str, Attachment], replaced: list[Attachment]
+    ) -> None:
         self.config = config
+        self._pipe = weakref.ref(pipe)
         self._attachments = attachments
+        self._replaced = replaced
 
     def report(self) -> DraftReport:
-        """Say what happened so far: density, layers, steps, backend. Waits for the device."""
-        return DraftReport(tuple(report_on(name, attachment) for name, attachment in self._attachments.items()))
+        """Say what happened so far: density, layers, steps, backend. Waits for the device.
+
+        Warns if the pipeline now has another transformer that runs dense. Nothing of ours is in that one, so that its
+        runs cannot tell, and neither the report nor the warning knows of one that came and went between two reports,
+        nor of one in a pipeline that is gone or in other pipelines.
+        """
+        components = components_of(self._pipe())
+        warn_of_dense_components(components, self._attachments)
+        return DraftReport(
+            tuple(report_on(name, attachment, components) for name, attachment in self._attachments.items())
+        )
 
     def disable(self) -> None:
         """Restore the stock attention bit for bit. Harmless when done twice or after enabling again.
@@ -42,6 +59,7 @@ class DraftHandle:
         for attachment in self._attachments.values():
             check_not_running(attachment.transformer())
         for attachment in self._attachments.values():
+            attachment.given_up = True
             attachment.detach()
 
     @contextlib.contextmanager
@@ -56,7 +74,11 @@ class DraftHandle:
         return self
 
     def __exit__(self, *exception: object) -> None:
+        in_force = [attachment.transformer() for attachment in self._attachments.values() if attachment.attached]
         self.disable()
+        for old in self._replaced:
+            if not old.given_up and any(old.transformer() is transformer for transformer in in_force):
+                old.attach()
 
 
 def enable_draft_attention(
@@ -76,7 +98,8 @@ def enable_draft_attention(
 ) -> DraftHandle:
     """Make the video self-attention of a pipeline block-sparse, in place (DraftAttention, arXiv 2505.14708).
 
-    Enabling again replaces the settings. Nothing is added to the model's parameters, state dict or config.
+    Enabling again replaces the settings, within a context until it ends. Nothing is added to the model's parameters,
+    state dict or config.
 
     Args:
         pipe: a diffusers pipeline, modular pipeline or transformer. All transformers of a pipeline are patched.
@@ -145,7 +168,7 @@ def enable_draft_attention(
         for old in replaced:
             old.attach()
         raise
-    return DraftHandle(config, attachments)
+    return DraftHandle(pipe, config, attachments, replaced)
 
 
 def disable_draft_attention(pipe: Any) -> None:
@@ -163,4 +186,5 @@ def disable_draft_attention(pipe: Any) -> None:
         check_not_running(transformer)
     for transformer in transformers:
         if attachment := attachment_of(transformer):
+            attachment.given_up = True
             attachment.detach()

@@ -54,6 +54,7 @@ class Attachment(StockWhenCopied):
         records: of each sparse layer, by module path, in execution order.
         counts: what happened so far.
         log: of the latest run.
+        given_up: whether whoever asked for these settings no longer wants them.
         last_grid: `(T, Y, X)` tokens of the last forward.
     """
 
@@ -77,6 +78,7 @@ class Attachment(StockWhenCopied):
         self.records = {path: LayerRecord(path) for path in sparse_layers}
         self.counts = Counts()
         self.log: collections.deque[SparseForward] = collections.deque(maxlen=MOST_FORWARDS)
+        self.given_up = False
         self.last_grid: tuple[int, int, int] | None = None
         self._last_moment: Moment | None = None
         self._step: SparseStep | None = None
@@ -143,7 +145,11 @@ class Attachment(StockWhenCopied):
     # `torch.compile` calls a module's hooks outside the graph of its forward, so this one may simply stay eager.
     @torch.compiler.disable(reason=OUTSIDE)
     def __call__(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        """Learn the grid and the lengths, decide dense or sparse, and count: the forward pre-hook."""
+        """Learn the grid and the lengths, decide dense or sparse, and count: the forward pre-hook.
+
+        Raises:
+            RuntimeError: if the forward is exported or traced.
+        """
         check_not_exporting()
         self.forward.begin()
         try:

@@ -2,16 +2,17 @@
 
 import itertools
 import math
+import warnings
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from ..attention import kernels
 from ..config import DraftConfig
-from .attachment import Attachment
+from .attachment import Attachment, attachment_of
 from .records import SparseCall
 from .schedule import SparseStep
 
@@ -55,6 +56,8 @@ class TransformerReport:
         family: its family.
         config: the settings in force.
         attached: False once draft attention was disabled.
+        in_pipeline: False if the pipeline has this transformer no more: another one is in its place, or none. True for
+            a transformer alone, or if the pipeline is gone.
         backend: the backend of the sparse calls, None before the first one.
         backend_reason: why it was chosen.
         grid: `(T, Y, X)` tokens of the last forward, None before the first one.
@@ -78,6 +81,7 @@ class TransformerReport:
     family: str
     config: DraftConfig
     attached: bool
+    in_pipeline: bool
     backend: str | None
     backend_reason: str | None
     grid: tuple[int, int, int] | None
@@ -114,6 +118,8 @@ class TransformerReport:
         state = "" if self.attached else " (disabled)"
         how = f"sparsity {config.sparsity:g} {config.schedule}, {config.budget} budget, {config.score} score"
         lines = [f"{self.component}{state}: {self.family}, {how}"]
+        if not self.in_pipeline:
+            lines.append(f"  replaced  the pipeline's {self.component} is not the one that these numbers are of")
         lines.append(f"  backend   {self.backend or 'not chosen yet'}" + _why(self.backend_reason))
         if self.grid:
             lines.append(f"  grid      {self.grid} = {math.prod(self.grid):,} video tokens")
@@ -156,8 +162,48 @@ class DraftReport:
         return "\n".join(map(str, self.transformers))
 
 
-def report_on(component: str, attachment: Attachment) -> TransformerReport:
-    """Read the counters; wait for the device to fetch densities and errors."""
+Components = dict[str, nn.Module]
+"""Modules that a pipeline has now, by name."""
+
+
+def components_of(pipe: Any) -> Components | None:
+    """List the modules that a pipeline has now; None for a transformer alone, or where the pipeline is gone."""
+    components = getattr(pipe, "components", None)
+    if not isinstance(components, dict):
+        return None
+    return {name: module for name, module in components.items() if isinstance(module, nn.Module)}
+
+
+def warn_of_dense_components(components: Components | None, attachments: dict[str, Attachment]) -> None:
+    """Warn of transformers in the pipeline that run dense in the place of patched ones."""
+    for name, attachment in attachments.items():
+        found = (components or {}).get(name)
+        if not attachment.attached or found is None or _is_in(components, attachment):
+            continue
+        if not any(map(attachment_of, found.modules())):
+            warnings.warn(
+                f"The pipeline's {name} was replaced since draft attention was enabled, and the one that it has now, "
+                f"{type(found).__name__}, runs dense. Enable draft attention again.",
+                stacklevel=3,
+            )
+
+
+def _is_in(components: Components | None, attachment: Attachment) -> bool:
+    """Return True if a transformer is still in its pipeline, maybe wrapped, or has none."""
+    if components is None:
+        return True
+    transformer = attachment.transformer()
+    return any(module is transformer for component in components.values() for module in component.modules())
+
+
+def report_on(component: str, attachment: Attachment, components: Components | None) -> TransformerReport:
+    """Read the counters; wait for the device to fetch densities and errors.
+
+    Args:
+        component: the transformer's name in the pipeline.
+        attachment: its settings.
+        components: of the pipeline; None where there is none.
+    """
     records, counts, log = attachment.records, attachment.counts, tuple(attachment.log)
     block = attachment.config.block
     last = {path: record.call for path, record in records.items() if record.call}
@@ -172,6 +218,7 @@ def report_on(component: str, attachment: Attachment) -> TransformerReport:
         family=attachment.family.name,
         config=attachment.config,
         attached=attachment.attached,
+        in_pipeline=_is_in(components, attachment),
         backend=choice.name if choice else None,
         backend_reason=choice.reason if choice else None,
         grid=attachment.last_grid,

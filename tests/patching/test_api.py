@@ -26,6 +26,7 @@ import diffusers_draft
 from diffusers_draft import DraftConfig, DraftHandle, disable_draft_attention
 from diffusers_draft.attention import kernels
 from diffusers_draft.families import families
+from diffusers_draft.patching.attachment import attachment_of
 
 
 def run(model: nn.Module, inputs: models.Inputs | None = None) -> Tensor:
@@ -106,7 +107,7 @@ def test_modular_pipeline() -> None:
         assert patched(pipe.transformer) == ["blocks.1.attn1", "blocks.2.attn1"]
         pipe.scheduler.set_timesteps(4)
         for timestep in pipe.scheduler.timesteps:
-            run(pipe.transformer)
+            run(pipe.transformer, wan_inputs(timestep=float(timestep)))
             pipe.scheduler.step(torch.zeros(1, 1, 1), timestep, torch.zeros(1, 1, 1))
         assert handle.report().transformers[0].steps == {"dense": 2, "sparse": 2}
     assert patched(pipe.transformer) == []
@@ -702,3 +703,55 @@ def test_blocks_can_be_left_out_while_enabled() -> None:
     enable_draft_attention(shorter, **settings)
     model.blocks = model.blocks[:2]
     assert torch.equal(run(model), run(shorter))
+
+
+# Contexts in contexts
+
+
+def sparsity_of(transformer: nn.Module) -> float | None:
+    attachment = attachment_of(transformer)
+    return attachment.config.sparsity if attachment else None
+
+
+def test_an_inner_context_gives_the_outer_settings_back() -> None:
+    pipe = models.wan_pipeline()
+    stock = processors(pipe.transformer)
+    expected = {}
+    for sparsity in (0.5, 0.9):
+        with enable_draft_attention(pipe, sparsity):
+            expected[sparsity] = run_wan(pipe)
+    with enable_draft_attention(pipe, 0.5) as outer:
+        with enable_draft_attention(pipe, 0.9) as inner:
+            with enable_draft_attention(pipe, 0.7):
+                assert sparsity_of(pipe.transformer) == 0.7
+            assert torch.equal(run_wan(pipe), expected[0.9])
+        assert torch.equal(run_wan(pipe), expected[0.5])
+        reports = [handle.report().transformers[0] for handle in (outer, inner)]
+        assert [report.attached for report in reports] == [True, False]
+        assert [sum(report.steps.values()) for report in reports] == [4, 4]
+    assert processors(pipe.transformer) == stock and sparsity_of(pipe.transformer) is None
+
+
+def test_an_inner_context_of_one_expert_leaves_the_other_alone() -> None:
+    pipe = models.wan_pipeline(models.wan(), transformer_2=models.wan(seed=1), boundary_ratio=0.8)
+    enable_draft_attention(pipe, 0.5)
+    with enable_draft_attention(pipe.transformer_2, 0.9):
+        assert [sparsity_of(pipe.transformer), sparsity_of(pipe.transformer_2)] == [0.5, 0.9]
+    assert [sparsity_of(pipe.transformer), sparsity_of(pipe.transformer_2)] == [0.5, 0.5]
+
+
+def test_what_was_disabled_or_replaced_within_a_context_stays_so() -> None:
+    pipe = models.wan_pipeline()
+    outer = enable_draft_attention(pipe, 0.5)
+    with enable_draft_attention(pipe, 0.9):
+        outer.disable()
+        assert sparsity_of(pipe.transformer) == 0.9
+    assert sparsity_of(pipe.transformer) is None
+    enable_draft_attention(pipe, 0.5)
+    with enable_draft_attention(pipe, 0.9):
+        disable_draft_attention(pipe)
+    assert sparsity_of(pipe.transformer) is None
+    enable_draft_attention(pipe, 0.5)
+    with enable_draft_attention(pipe, 0.9):
+        enable_draft_attention(pipe, 0.7)
+    assert sparsity_of(pipe.transformer) == 0.7

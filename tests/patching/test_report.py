@@ -1,3 +1,4 @@
+import gc
 import math
 from typing import Any
 
@@ -380,3 +381,49 @@ def test_a_forward_that_fails_counts_nothing_twice(where: str) -> None:
     assert after.sparse_calls == before.sparse_calls + {"before": 0, "inside": 1}[where]
     assert len(after.run) == len(before.run)
     handle.disable()  # nothing is left running
+
+
+# The pipeline changes
+
+
+@pytest.mark.parametrize("expert", ["transformer", "transformer_2"])
+def test_a_transformer_that_the_pipeline_no_longer_has(expert: str) -> None:
+    pipe = models.wan_pipeline(models.wan(), transformer_2=models.wan(seed=1), boundary_ratio=0.8)
+    handle = diffusers_draft.enable_draft_attention(pipe)
+    run_wan(pipe, steps=3)
+    before = handle.report()
+    assert all(report.in_pipeline for report in before.transformers) and "replaced" not in str(before)
+    setattr(pipe, expert, models.wan(seed=2))
+    run_wan(pipe, steps=3)
+    with pytest.warns(UserWarning, match=f"pipeline's {expert} was replaced .* runs dense") as caught:
+        report = handle.report()
+    assert len(caught) == 1
+    assert [found.in_pipeline for found in report.transformers] == [expert != "transformer", expert == "transformer"]
+    assert str(report).count("\n  replaced  ") == 1
+    assert f"the pipeline's {expert} is not the one that these numbers are of" in str(report)
+
+
+def test_a_transformer_that_was_replaced_and_enabled_is_no_warning(recwarn: pytest.WarningsRecorder) -> None:
+    pipe = models.wan_pipeline()
+    first = diffusers_draft.enable_draft_attention(pipe)
+    pipe.transformer = models.wan(seed=1)
+    second = diffusers_draft.enable_draft_attention(pipe)
+    assert not first.report().transformers[0].in_pipeline and second.report().transformers[0].in_pipeline
+    pipe.transformer = None
+    assert not second.report().transformers[0].in_pipeline
+    assert not recwarn.list
+
+
+def test_wrapped_and_alone_and_without_its_pipeline_a_transformer_is_where_it_was(
+    recwarn: pytest.WarningsRecorder,
+) -> None:
+    pipe = models.wan_pipeline()
+    transformer = pipe.transformer
+    handle = diffusers_draft.enable_draft_attention(pipe)
+    pipe.transformer = torch.nn.Sequential(transformer)
+    assert handle.report().transformers[0].in_pipeline
+    del pipe
+    gc.collect()
+    assert handle.report().transformers[0].in_pipeline
+    assert diffusers_draft.enable_draft_attention(transformer).report().transformers[0].in_pipeline
+    assert not recwarn.list
