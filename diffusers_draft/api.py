@@ -10,9 +10,10 @@ from .attention.method import Budget, Score
 from .config import DraftConfig, ScheduleName
 from .patching.attachment import Attachment, attachment_of, check_not_running
 from .patching.clock import Clock
+from .patching.components import components_of, warn_of_dense_components
 from .patching.forward import Hook
 from .patching.parallel import enable_parallelism
-from .patching.report import DraftReport, components_of, report_on, warn_of_dense_components
+from .patching.report import DraftReport, report_on
 from .patching.schedule import Schedule, schedule_for
 from .patching.targets import choose_layers, known_transformers
 

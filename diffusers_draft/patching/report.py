@@ -2,17 +2,17 @@
 
 import itertools
 import math
-import warnings
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from ..attention import kernels
 from ..config import DraftConfig
-from .attachment import Attachment, attachment_of
+from .attachment import Attachment
+from .components import Components, is_in
 from .records import SparseCall
 from .schedule import SparseStep
 
@@ -113,6 +113,24 @@ class TransformerReport:
         after = {path: error.after for path, error in self.errors.items()}
         return max(after, key=lambda path: (math.isnan(after[path]), after[path]), default=None)
 
+    @property
+    def nothing_skipped(self) -> str | None:
+        """Why the latest run skipped no pair of blocks; None if it did, or if there was no forward yet."""
+        if not sum(self.forwards.values()) or (self.density is not None and self.density < 1):
+            return None
+        if not self.densities:
+            return "every layer is in dense_layers"
+        if not self.forwards["sparse"]:
+            return "every step was dense by the schedule"
+        if self.density is None or self.blocks is None:
+            return "no call of the latest run was sparse: its steps, masks, replaced processors or a cache, see calls"
+        if self.blocks[1] < 2:
+            whole = f"{self.blocks[1]} whole block(s) of {self.config.block} tokens"
+            return f"the video has {whole}, and it takes two to skip a pair"
+        if all(forward.asked == 1 for forward in self.run):
+            return "the schedule asked for every pair"
+        return f"the video has so few blocks, {self.blocks[1]}, that the density asked for is all of them"
+
     def __str__(self) -> str:
         config = self.config
         state = "" if self.attached else " (disabled)"
@@ -137,6 +155,8 @@ class TransformerReport:
         lines.append(f"  steps     {self.steps['sparse']} sparse, {self.steps['dense']} dense")
         dense = ", ".join(f"{count} by {reason}" for reason, count in self.dense_calls.items() if count)
         lines.append(f"  calls     {self.sparse_calls} sparse; dense: {dense or 'none'}")
+        if self.nothing_skipped:
+            lines.append(f"  nothing   was skipped: {self.nothing_skipped}")
         if self.skipped_calls:
             lines.append(
                 f"  skipped   {self.skipped_calls} calls did not happen, a cache had their result; in "
@@ -162,40 +182,6 @@ class DraftReport:
         return "\n".join(map(str, self.transformers))
 
 
-Components = dict[str, nn.Module]
-"""Modules that a pipeline has now, by name."""
-
-
-def components_of(pipe: Any) -> Components | None:
-    """List the modules that a pipeline has now; None for a transformer alone, or where the pipeline is gone."""
-    components = getattr(pipe, "components", None)
-    if not isinstance(components, dict):
-        return None
-    return {name: module for name, module in components.items() if isinstance(module, nn.Module)}
-
-
-def warn_of_dense_components(components: Components | None, attachments: dict[str, Attachment]) -> None:
-    """Warn of transformers in the pipeline that run dense in the place of patched ones."""
-    for name, attachment in attachments.items():
-        found = (components or {}).get(name)
-        if not attachment.attached or found is None or _is_in(components, attachment):
-            continue
-        if not any(map(attachment_of, found.modules())):
-            warnings.warn(
-                f"The pipeline's {name} was replaced since draft attention was enabled, and the one that it has now, "
-                f"{type(found).__name__}, runs dense. Enable draft attention again.",
-                stacklevel=3,
-            )
-
-
-def _is_in(components: Components | None, attachment: Attachment) -> bool:
-    """Return True if a transformer is still in its pipeline, maybe wrapped, or has none."""
-    if components is None:
-        return True
-    transformer = attachment.transformer()
-    return any(module is transformer for component in components.values() for module in component.modules())
-
-
 def report_on(component: str, attachment: Attachment, components: Components | None) -> TransformerReport:
     """Read the counters; wait for the device to fetch densities and errors.
 
@@ -218,7 +204,7 @@ def report_on(component: str, attachment: Attachment, components: Components | N
         family=attachment.family.name,
         config=attachment.config,
         attached=attachment.attached,
-        in_pipeline=_is_in(components, attachment),
+        in_pipeline=is_in(components, attachment),
         backend=choice.name if choice else None,
         backend_reason=choice.reason if choice else None,
         grid=attachment.last_grid,

@@ -427,3 +427,42 @@ def test_wrapped_and_alone_and_without_its_pipeline_a_transformer_is_where_it_wa
     assert handle.report().transformers[0].in_pipeline
     assert diffusers_draft.enable_draft_attention(transformer).report().transformers[0].in_pipeline
     assert not recwarn.list
+
+
+# Nothing was skipped
+
+
+@pytest.mark.parametrize(
+    ("grid", "options", "reason"),
+    [
+        ((1, 8, 8), {}, "the video has 0 whole block(s) of 128 tokens, and it takes two to skip a pair"),
+        ((1, 8, 16), {}, "the video has 1 whole block(s) of 128 tokens"),
+        ((1, 8, 20), {}, "the video has 1 whole block(s) of 128 tokens"),
+        (RAGGED, dict(sparsity=0), "the schedule asked for every pair"),
+        ((1, 16, 16), dict(sparsity=0.1, schedule="constant"), "so few blocks, 2, that the density asked for is all"),
+        (RAGGED, dict(dense_steps=1.0), "every step was dense by the schedule"),
+        (RAGGED, dict(dense_layers=(0, 1, 2)), "every layer is in dense_layers"),
+        (RAGGED, {}, None),
+        ((1, 16, 16), dict(sparsity=0.5, schedule="constant"), None),
+    ],
+)
+def test_why_nothing_was_skipped(grid: models.Grid, options: dict[str, Any], reason: str | None) -> None:
+    pipe = models.wan_pipeline()
+    handle = diffusers_draft.enable_draft_attention(pipe, **options)
+    assert one(handle).nothing_skipped is None and "was skipped" not in str(handle.report())
+    run_wan(pipe, grid=grid, steps=2)
+    report = one(handle)
+    if reason is None:
+        assert report.nothing_skipped is None and "was skipped" not in str(report)
+    else:
+        assert report.nothing_skipped is not None and reason in report.nothing_skipped
+        assert f"  nothing   was skipped: {report.nothing_skipped}" in str(report)
+
+
+def test_a_run_whose_calls_were_all_dense_after_one_that_was_not() -> None:
+    pipe = models.wan_pipeline()
+    handle = diffusers_draft.enable_draft_attention(pipe, dense_timestep=990)
+    run_wan(pipe, steps=2)
+    assert one(handle).nothing_skipped is None
+    run_wan(pipe, steps=1)
+    assert "no call of the latest run was sparse" in str(one(handle))
