@@ -70,7 +70,7 @@ DENSE_LAYERS: dict[str, tuple[int, ...]] = {"wan": (0,), "hunyuan_video": ()}
 def denoise(scheduler: Any, transformer: Any, inputs: models.Inputs) -> Iterator[Tensor]:
     """The outputs of all steps of a run."""
     for timestep in scheduler.timesteps:
-        yield transformer(**inputs).sample
+        yield transformer(**inputs | {"timestep": torch.full_like(inputs["timestep"], float(timestep))}).sample
         scheduler.step(torch.zeros(1), timestep, torch.zeros(1))
 
 
@@ -78,7 +78,7 @@ def loop_of_eight_steps(transformer: Any) -> Loop:
     """The first three steps of Wan and the first two of HunyuanVideo are dense."""
     scheduler = FlowMatchEulerDiscreteScheduler(shift=5.0)
     scheduler.set_timesteps(8)
-    scheduler.set_begin_index(0)  # the tests' forwards all get one timestep
+    scheduler.set_begin_index(0)
     return Loop(scheduler, transformer=transformer)
 
 
