@@ -211,9 +211,9 @@ TINY = {
 }
 
 
-def recorded_masks(monkeypatch: pytest.MonkeyPatch) -> list[BlockMask]:
-    """A list that takes what the backend gets in all sparse calls of a test."""
-    seen: list[BlockMask] = []
+def recording(seen: list[BlockMask]) -> Callable[..., kernels.Choice]:
+    """A stand-in for `kernels.choose` whose choices add the masks that they get to a list."""
+    choose = kernels.choose
 
     def choose_and_record(*args: Any) -> kernels.Choice:
         choice = choose(*args)
@@ -224,8 +224,13 @@ def recorded_masks(monkeypatch: pytest.MonkeyPatch) -> list[BlockMask]:
 
         return dataclasses.replace(choice, forward=noted)
 
-    choose = kernels.choose
-    monkeypatch.setattr(kernels, "choose", choose_and_record)
+    return choose_and_record
+
+
+def recorded_masks(monkeypatch: pytest.MonkeyPatch) -> list[BlockMask]:
+    """A list that takes what the backend gets in all sparse calls of a test."""
+    seen: list[BlockMask] = []
+    monkeypatch.setattr(kernels, "choose", recording(seen))
     return seen
 
 

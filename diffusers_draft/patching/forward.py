@@ -64,6 +64,12 @@ class LayerState:
         self.layer = LayerRecord("")
         self.hook: Hook | None = None
 
+    def copied(self) -> "LayerState":
+        """Copy what layers read, and nothing else of a `Forward`."""
+        state = LayerState()
+        state.__dict__.update({name: self.__dict__[name] for name in state.__dict__})
+        return state
+
 
 class Forward(LayerState):
     """State of a transformer for its life: the running forward, and the settings in force.

@@ -1,6 +1,6 @@
 """Gradient checkpointing runs blocks again in the backward: each gets the state of the forward that it belongs to."""
 
-import copy
+import itertools
 import threading
 import weakref
 from collections.abc import Iterator
@@ -48,7 +48,7 @@ class Recomputation(StockWhenCopied):
         if not torch.is_grad_enabled() or not _needs_gradients(transformer, inputs):
             return
         self._remembered = {key: entry for key, entry in self._remembered.items() if not entry.memory.expired()}
-        self._state = _layer_state(self._forward)
+        self._state = self._forward.copied()
         if not self._handles:
             for module in _modules_on(transformer, self._paths):
                 self._handles.append(module.register_forward_pre_hook(self, with_kwargs=True))
@@ -64,22 +64,17 @@ class Recomputation(StockWhenCopied):
         """Remember a call, or find the one that it repeats: the forward pre-hook of a block or layer."""
         if torch.compiler.is_compiling():
             return
+        in_backward = torch._C._current_graph_task_id() != -1
+        if not in_backward and self._state is None:
+            return
         memory = _memory(args, kwargs)
         if memory is None:
             return
         key = id(module), memory.cdata
-        if torch._C._current_graph_task_id() == -1:  # not in a backward
-            if self._state is not None:
-                self._remembered[key] = _Remembered(memory, self._state)
-        elif key in self._remembered:
-            self._forward.recomputed[threading.get_ident()] = copy.copy(self._remembered[key].state)
-
-
-def _layer_state(forward: Forward) -> LayerState:
-    """Copy what layers read of the running forward."""
-    state = LayerState.__new__(LayerState)
-    state.__dict__.update({name: forward.__dict__[name] for name in LayerState().__dict__})
-    return state
+        if not in_backward and self._state is not None:
+            self._remembered[key] = _Remembered(memory, self._state)
+        elif in_backward and key in self._remembered:
+            self._forward.recomputed[threading.get_ident()] = self._remembered[key].state.copied()
 
 
 def _modules_on(transformer: nn.Module, paths: tuple[str, ...]) -> Iterator[nn.Module]:
@@ -102,5 +97,5 @@ def _memory(args: tuple[Any, ...], kwargs: dict[str, Any]) -> StorageWeakRef | N
 
 
 def _needs_gradients(transformer: nn.Module, inputs: Inputs) -> bool:
-    tensors = [*transformer.parameters(), *(value for value in inputs.values() if isinstance(value, Tensor))]
-    return any(tensor.requires_grad for tensor in tensors)
+    given = (value for value in inputs.values() if isinstance(value, Tensor))
+    return any(tensor.requires_grad for tensor in itertools.chain(given, transformer.parameters()))

@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from typing import Any
 from unittest import mock
 
+import models
 import oracle
 import pytest
 import torch
@@ -135,18 +136,7 @@ def examples(test: Any) -> Any:
 def spying() -> Iterator[list[Any]]:
     """Collects the block masks that kernels get."""
     masks: list[Any] = []
-    choose = kernels.choose
-
-    def spy(*args: Any) -> kernels.Choice:
-        choice = choose(*args)
-
-        def record(query: Tensor, key: Tensor, value: Tensor, mask: Any, scale: float) -> Tensor:
-            masks.append(mask)
-            return choice.forward(query, key, value, mask, scale)
-
-        return dataclasses.replace(choice, forward=record)
-
-    with mock.patch.object(kernels, "choose", spy):
+    with mock.patch.object(kernels, "choose", models.recording(masks)):
         yield masks
 
 

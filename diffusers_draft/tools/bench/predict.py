@@ -1,6 +1,7 @@
 """Prediction of a whole run from measured steps, and its densities, step by step."""
 
 from collections.abc import Sequence
+from operator import attrgetter
 from types import SimpleNamespace
 
 import numpy as np
@@ -68,7 +69,9 @@ def predict(name: str, config: DraftConfig, steps: Sequence[Step], num_steps: in
 
 def best_dense(steps: Sequence[Step]) -> Step:
     """Find the fastest dense attention among measured steps."""
-    return min((step for step in steps if step.density is None and step.name not in NOT_DENSE), key=_step_ms)
+    return min(
+        (step for step in steps if step.density is None and step.name not in NOT_DENSE), key=attrgetter("step_ms")
+    )
 
 
 def _with_dense_layers(step: Step, dense: Step, family: Family, config: DraftConfig) -> float:
@@ -100,7 +103,3 @@ def _family(name: str) -> Family:
 def _density(step: Step) -> float:
     assert step.density is not None, "of draft attention"
     return step.density
-
-
-def _step_ms(step: Step) -> float:
-    return step.step_ms
