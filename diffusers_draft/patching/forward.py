@@ -126,7 +126,8 @@ class Forward(LayerState):
 
 def check_not_exporting() -> None:
     """Raise RuntimeError under `torch.export` and `torch.jit.trace`: a graph would hold one step's state for ever."""
-    if torch.compiler.is_exporting() or torch.jit.is_tracing():
+    # The flag itself: to a graph made by torch before 2.13, `is_exporting()` is always true.
+    if torch.compiler._is_exporting_flag or torch.jit.is_tracing():
         raise RuntimeError(
             "Draft attention cannot be exported or traced: the graph would hold the grid and the density of one step. "
             "Disable it before torch.export or torch.jit.trace, and enable it on the transformer that runs."

@@ -200,7 +200,8 @@ def test_exports_are_refused(how: str, sparsity: float) -> None:
     arguments = tuple(inputs[name] for name in ("hidden_states", "timestep", "encoder_hidden_states"))
     enable_draft_attention(model, sparsity)
     expected = run(model, inputs)
-    message = "before it is exported" if how == "strict export" else "cannot be exported or traced"
+    # Which of the two a strict export meets first depends on torch's version.
+    message = "cannot be exported or traced" + ("|before it is exported" if how == "strict export" else "")
     with pytest.raises(Exception, match=message), torch.no_grad():
         if how == "trace":
             torch.jit.trace(model, arguments, strict=False)

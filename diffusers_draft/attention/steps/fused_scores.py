@@ -11,6 +11,8 @@ from torch import Tensor
 
 NEAREST = 1e-7
 """The least distance of a block's mean value from the output, relative to the largest possible, that still counts."""
+NARROWEST = 64
+"""With 16 or 32 columns and one stage, Triton's code for Hopper reads past its shared memory (3.6: NaN or a fault)."""
 
 
 def block_scores(queries: Tensor, keys: Tensor, values: Tensor | None = None, *, scale: float) -> Tensor:
@@ -23,7 +25,6 @@ def block_scores(queries: Tensor, keys: Tensor, values: Tensor | None = None, *,
     scores = torch.empty(maps, n, stride, dtype=torch.float32, device=queries.device)
     if n == 0:
         return scores
-    sizes = {"HEAD_DIM": head_dim, "PADDED_DIM": max(16, triton.next_power_of_2(head_dim))}
     outputs, lse = scores, scores
     if values is None:
         values = scores
@@ -32,8 +33,9 @@ def block_scores(queries: Tensor, keys: Tensor, values: Tensor | None = None, *,
         outputs = torch.empty_like(values)
         lse = torch.empty(maps, n, dtype=torch.float32, device=queries.device)
         _outputs_kernel[(triton.cdiv(n, 64), maps)](
-            queries, keys, values, outputs, lse, n, scale, TILE=64, **sizes, num_warps=4, num_stages=1
-        )
+            queries, keys, values, outputs, lse, n, scale, HEAD_DIM=head_dim,
+            PADDED_DIM=max(NARROWEST, triton.next_power_of_2(head_dim)), TILE=64, num_warps=4, num_stages=1,
+        )  # fmt: skip
     tile, chunk = 128, 32
     _scores_kernel[(triton.cdiv(stride, tile), triton.cdiv(n, tile), maps)](
         queries, keys, outputs, values, lse, scores, n, stride, scale, NEAREST**2,
