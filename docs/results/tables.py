@@ -1,23 +1,25 @@
 """Print the tables of speed of README, or with `--full` of docs/speed.md, from the records in this folder.
 
-`python docs/results/tables.py [--full] [--plot FILE]`, where FILE gets the picture of README.
+`python docs/results/tables.py [--full] [--plot FILE] [--plot-error FILE]`, where the files get the pictures of README.
 """
 
 import argparse
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 from diffusers_draft.attention.kernels import BACKENDS
 from diffusers_draft.tools.bench.attention import Row
 from diffusers_draft.tools.bench.measure import Time
-from diffusers_draft.tools.bench.pictures import plot
+from diffusers_draft.tools.bench.pictures import plot, plot_error
 from diffusers_draft.tools.bench.step import NO_ATTENTION, NOT_DENSE, ONE_GPU
 
 RECORDS = Path(__file__).parent / "bench"
-SWEEP = "hunyuan-768p-sweep"
-"""The record that `plot_sweep` draws."""
+SWEEP = "hunyuan-768p"
+"""The record of many sparsities, which the pictures are drawn from."""
+SHOWN = (0.75, 0.8, 0.9)
+"""Sparsities of the table of attention calls."""
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -29,10 +31,13 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description="Prints the recorded results as README shows them.")
     parser.add_argument("--full", action="store_true", help="every row, as docs/speed.md shows them")
     parser.add_argument("--plot", type=Path, metavar="FILE", help="draw the recorded sweep of sparsities to this file")
+    parser.add_argument("--plot-error", type=Path, metavar="FILE", help="draw its errors over the time to this file")
     options = parser.parse_args(argv)
     print(speed_page() if options.full else speed_section())
     if options.plot:
-        plot_sweep(options.plot)
+        plot_sweep(options.plot, plot)
+    if options.plot_error:
+        plot_sweep(options.plot_error, plot_error)
 
 
 def speed_section() -> str:
@@ -42,21 +47,18 @@ def speed_section() -> str:
     """
     records = _records()
     lines = [
+        "| A whole run | steps | s | against the best dense | predicted, s | memory, GiB |",
+        "|---|---|---|---|---|---|",
+        *(line for record in records.values() if "runs" in record for line in _runs(record)),
+        "",
         "| One attention call | tokens | sparsity | best dense, ms | head budget, ms | row budget, ms |",
         "|---|---|---|---|---|---|",
-        *(line for name, record in records.items() if "rows" in record and name != SWEEP for line in _shape(record)),
+        *(line for record in records.values() if "rows" in record for line in _shape(record)),
         "",
         "| One step of a model | best dense, ms | draft, ms | of it attention | 50 steps, s | memory, GiB |",
         "|---|---|---|---|---|---|",
         *(_step(record) for record in records.values() if "prediction" in record and not _gpus(record)),
     ]
-    if runs := [line for record in records.values() if "runs" in record for line in _runs(record)]:
-        lines += [
-            "",
-            "| A whole run | steps | s | against the best dense | predicted, s | memory, GiB |",
-            "|---|---|---|---|---|---|",
-            *runs,
-        ]
     if over_gpus := [_over_gpus(record) for record in records.values() if _gpus(record)]:
         lines += [
             "",
@@ -73,14 +75,14 @@ def speed_page() -> str:
     attention = [_attention(record) for record in records if "rows" in record]
     models = [_model(record) for record in records if "prediction" in record]
     runs = [_run_page(record) for record in records if "runs" in record]
-    return "\n\n".join(["# Speed, row by row", *attention, *models, *runs])
+    return "\n\n".join(["# Speed, row by row", *runs, *attention, *models])
 
 
-def plot_sweep(path: Path) -> None:
-    """Draw the time of one attention call against sparsity, as the record `SWEEP` has it."""
+def plot_sweep(path: Path, picture: Callable[[list[Row], Path, str], None]) -> None:
+    """Draw the record `SWEEP`."""
     record = _records()[SWEEP]
     rows = [Row(**{**row, "time": row["time"] and Time(**row["time"])}) for row in record["rows"]]
-    plot(rows, path, f"{SWEEP.removesuffix('-sweep')}, {record['environment']['device']}, {_dtype(record)}")
+    picture(rows, path, f"{SWEEP}, {record['environment']['device']}, {_dtype(record)}")
 
 
 def _records() -> dict[str, dict[str, Any]]:
@@ -107,7 +109,7 @@ def _shape(record: dict[str, Any]) -> list[str]:
     tokens = shape["grid"][0] * shape["grid"][1] * shape["grid"][2] + shape["text"]
     name = f"{record['name']}, {record['environment']['device']}, {_dtype(record)}"
     lines = []
-    for sparsity in sorted({row["sparsity"] for row in _timed(record) if row["sparsity"] is not None}):
+    for sparsity in sorted({row["sparsity"] for row in _timed(record)} & set(SHOWN)):
         cells = [name, f"{shape['batch']} x {tokens:,}" if shape["batch"] > 1 else f"{tokens:,}", f"{sparsity:g}"]
         cells.append(f"{dense['time']['median']:.1f} ({dense['name']})")
         for budget in ("head", "row"):
