@@ -362,4 +362,6 @@ def test_enabling_again_compiles_nothing(name: str, way: str, settings: str) -> 
     assert graphs() == before
     # As many as stock for sparse layers, and for each kind of block one more for dense steps and one for stock.
     kinds = {"wan": 1, "hunyuan_video": 2}[name] if way == "regional" else 1
-    assert before == stock[-1] + 2 * kinds
+    # Torch 2.8 makes a graph of shapes that vary twice where an argument is None, as in a block of Wan.
+    twice = torch.__version__ < "2.9" and (name, way) == ("wan", "regional")
+    assert before == stock[-1] + 2 * kinds * (2 if twice else 1)

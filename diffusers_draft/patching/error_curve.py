@@ -1,0 +1,64 @@
+"""How the error of an attention output answers to density: a curve fitted to what a run has measured."""
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import numpy as np
+
+NOISE = 0.1
+"""How far a step's error usually lies from the curve, as a logarithm: the weight of the curve before a measurement."""
+
+
+class Point(NamedTuple):
+    """A measured step.
+
+    Attributes:
+        density: that was computed.
+        left: share of the run that was left when the step began.
+        error: relative error of its outputs.
+    """
+
+    density: float
+    left: float
+    error: float
+
+
+@dataclass(frozen=True)
+class ErrorCurve:
+    """`error = (1 - density) exp(level - slope density + drift left)`: nothing at density 1, more the less is computed.
+
+    Attributes:
+        level: logarithm of the error where nothing is computed and nothing of the run is left.
+        slope: how fast it falls with density, beside the share that is not computed. Not negative.
+        drift: how it goes over the run at the same density.
+        spread: of each of them before anything is measured, as standard deviations.
+    """
+
+    level: float
+    slope: float
+    drift: float
+    spread: tuple[float, float, float]
+
+    def error(self, density: float, left: float) -> float:
+        """Compute the error to expect of a step."""
+        return (1 - density) * math.exp(self.level - self.slope * density + self.drift * left)
+
+    def fitted(self, points: Sequence[Point]) -> "ErrorCurve":
+        """Fit the curve to measured steps: least squares of logarithms, drawn to this curve by its spread.
+
+        Steps in which nothing was skipped tell nothing and are left out.
+        """
+        points = [point for point in points if point.density < 1 and point.error > 0]
+        if not points:
+            return self
+        rows = np.array([[1.0, -point.density, point.left] for point in points])
+        known = np.array([math.log(point.error / (1 - point.density)) for point in points])
+        before = np.array([self.level, self.slope, self.drift])
+        weights = NOISE / np.array(self.spread)
+        change = np.linalg.lstsq(
+            np.vstack([rows, np.diag(weights)]), np.concatenate([known - rows @ before, np.zeros(3)]), rcond=None
+        )[0]
+        level, slope, drift = (before + change).tolist()
+        return ErrorCurve(level, max(slope, 0.0), drift, self.spread)
