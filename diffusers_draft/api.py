@@ -51,6 +51,17 @@ class DraftHandle:
             tuple(report_on(name, attachment, components) for name, attachment in self._attachments.items())
         )
 
+    def settled_sparsity(self) -> float:
+        """Compute the mean sparsity that the latest run arrived at: given as `sparsity`, later runs need no feedback.
+
+        Raises:
+            RuntimeError: if no sparse step ran yet.
+        """
+        steps = [forward.step for attachment in self._attachments.values() for forward in attachment.log]
+        if not steps:
+            raise RuntimeError("No sparse step ran yet: run the pipeline once, then ask what sparsity it arrived at.")
+        return sum(step.sparsity for step in steps) / len(steps)
+
     def disable(self) -> None:
         """Restore the stock attention bit for bit. Harmless when done twice or after enabling again.
 
@@ -84,8 +95,9 @@ class DraftHandle:
 
 def enable_draft_attention(
     pipe: Any,
-    sparsity: float = DraftConfig.sparsity,
+    sparsity: float | None = None,
     *,
+    max_error: float | None = None,
     schedule: ScheduleName = DraftConfig.schedule,
     score: Score = DraftConfig.score,
     probes: int = DraftConfig.probes,
@@ -104,7 +116,9 @@ def enable_draft_attention(
 
     Args:
         pipe: a diffusers pipeline, modular pipeline or transformer. All transformers of a pipeline are patched.
-        sparsity: mean share of the pairs of video blocks that a run's sparse steps skip, in [0, 1).
+        sparsity: mean share of the pairs of video blocks that a run's sparse steps skip, in [0, 1); 0.8 if neither it
+            nor `max_error` is given.
+        max_error: the measured error to arrive at, in (0, 1), instead of `sparsity`, see `DraftConfig`.
         schedule: `"falling"`, `"constant"` or `"paper"`, see `DraftConfig`.
         score: `"value"` or `"mass"`, see `DraftConfig`.
         probes: rows of each head that are computed exactly to correct the others; 0 for no correction.
@@ -131,6 +145,7 @@ def enable_draft_attention(
     """
     given = DraftConfig(
         sparsity=sparsity,
+        max_error=max_error,
         schedule=schedule,
         score=score,
         probes=probes,

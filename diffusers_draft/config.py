@@ -10,6 +10,9 @@ from typing import Any, Literal
 from .attention.method import NAMES, Method, check_sparsity
 from .schedules import SCHEDULES
 
+SPARSITY = 0.8
+"""Without other wishes."""
+
 ScheduleName = Literal["falling", "constant", "paper"]
 
 
@@ -18,7 +21,11 @@ class DraftConfig(Method):
     """Settings of draft attention.
 
     Attributes:
-        sparsity: mean share of the pairs of video blocks that a run's sparse steps skip, in [0, 1).
+        sparsity: mean share of the pairs of video blocks that a run's sparse steps skip, in [0, 1); 0.8 unless
+            `max_error` is given.
+        max_error: instead of `sparsity`, the error to arrive at, in (0, 1): the mean over a run's sparse steps of the
+            relative error of the corrected attention outputs, as the probes measure it and the report shows it. After
+            each step the density of those to come is set anew.
         schedule: how the density goes over the run: `"falling"` starts dense and ends sparse around that mean,
             `"constant"`, or `"paper"`: the dense steps and layers of the paper's code for the model family, then
             constant.
@@ -40,14 +47,15 @@ class DraftConfig(Method):
         ValueError: if an option is out of range; the message says what was expected and what came.
     """
 
-    sparsity: float = 0.8
+    sparsity: float | None = None
+    max_error: float | None = None
     schedule: ScheduleName = "falling"
     dense_steps: float | None = None
     dense_timestep: float | None = None
     dense_layers: Iterable[int] | None = None
 
     def __post_init__(self) -> None:
-        check_sparsity(self.sparsity)
+        self._check_goal()
         if not isinstance(self.schedule, str) or self.schedule not in SCHEDULES:
             names = ", ".join(map(repr, SCHEDULES))
             raise ValueError(f"Unknown schedule {self.schedule!r}. Expected one of {names}.")
@@ -58,6 +66,33 @@ class DraftConfig(Method):
             raise ValueError(f"dense_timestep must be a number, got {self.dense_timestep!r}.")
         if self.dense_layers is not None:
             object.__setattr__(self, "dense_layers", _layer_indices(self.dense_layers))
+
+        if self.max_error is not None and not self.probes:
+            raise ValueError(f"max_error={self.max_error:g} is measured on probes, so that probes=0 cannot be given.")
+
+    def _check_goal(self) -> None:
+        if self.max_error is None:
+            sparsity = SPARSITY if self.sparsity is None else self.sparsity
+            check_sparsity(sparsity)
+            object.__setattr__(self, "sparsity", sparsity)
+            return
+        if self.sparsity is not None:
+            raise ValueError(
+                f"Give sparsity or max_error, not both, got sparsity={self.sparsity!r}, max_error={self.max_error!r}."
+            )
+        if not _is_number(self.max_error) or not 0 < self.max_error < 1:
+            raise ValueError(f"max_error is a relative error and must be in (0, 1), got {self.max_error!r}.")
+
+    @property
+    def known_sparsity(self) -> float:
+        """`sparsity`, for what has no run that could settle it.
+
+        Raises:
+            ValueError: with `max_error`.
+        """
+        if self.sparsity is None:
+            raise ValueError(f"max_error={self.max_error} settles the sparsity in a run. Give sparsity here.")
+        return self.sparsity
 
     @property
     def method(self) -> Method:

@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from ..config import DraftConfig
+from ..config import SPARSITY, DraftConfig
 from ..tools.bench import step as one_step
 from ..tools.bench.dense import fastest
 from ..tools.bench.measure import environment
@@ -45,7 +45,7 @@ def add_run(parser: argparse.ArgumentParser) -> None:
         "--sparsity",
         type=float,
         nargs="+",
-        default=[DraftConfig.sparsity],
+        default=[SPARSITY],
         help="means of the runs with draft attention",
     )
     parser.add_argument("--paper", action="store_true", help="also run with the paper's settings")
@@ -74,7 +74,7 @@ def run_model(args: argparse.Namespace) -> None:
     if args.paper:
         config = _paper(args, MODELS[args.model].sparsity if args.sparsity is None else args.sparsity)
     else:
-        config = _config(args, DraftConfig.sparsity if args.sparsity is None else args.sparsity)
+        config = _config(args, SPARSITY if args.sparsity is None else args.sparsity)
     with together(args.ulysses) as ranks:
         _run_model(args, config, ranks)
 

@@ -14,6 +14,7 @@ from .outputs import check_output
 
 LISTS = {
     "sparsity": "for example 0.5 0.75 0.9",
+    "max-error": "for example 0.03 0.05 0.1, instead of sparsities",
     "schedule": f"falling constant paper (default: {DraftConfig.schedule})",
     "score": f"value mass (default: {DraftConfig.score})",
     "probes": f"for example 0 64 (default: {DraftConfig.probes})",
@@ -88,6 +89,8 @@ def run(args: argparse.Namespace) -> None:
             raise ValueError("--attention and selections other than draft need a model that is not compiled.")
         for setting in settings:
             check_backend(args, setting.config.method)
+            if args.attention and setting.config.max_error is not None:
+                raise ValueError("--attention measures calls at a given sparsity: give --attention 0 with max_error.")
         start = image(args)
         store = Store(args.output, _facts(args))
         if args.videos:

@@ -7,7 +7,7 @@ from typing import Any
 from .. import DraftConfig, enable_draft_attention
 from ..attention.draft import SCORES
 from ..attention.method import format_tile, parse_tile
-from ..config import parse_share
+from ..config import SPARSITY, parse_share
 from ..schedules import SCHEDULES
 from . import CommandError, one_line
 from .model_options import add_model_options, call, check_backend, check_packages, image, loaded
@@ -28,8 +28,9 @@ def add_parser(subparsers: argparse._SubParsersAction) -> None:
     parser.add_argument("--seed", type=seed, default=0, help="of the noise (default: 0)")
     draft, default = DraftConfig, "default: %(default)s"
     parser.add_argument(
-        "--sparsity", type=float, default=draft.sparsity, help=f"share of the block pairs to skip ({default})"
+        "--sparsity", type=float, help=f"mean share of the block pairs to skip (default: {SPARSITY:g})"
     )
+    parser.add_argument("--max-error", type=float, metavar="X", help="the error to arrive at, instead of --sparsity")
     parser.add_argument("--schedule", choices=[*SCHEDULES], default=draft.schedule, help=f"of the density ({default})")
     parser.add_argument("--score", choices=[*SCORES], default=draft.score, help=f"{default}; the paper: mass")
     parser.add_argument(
@@ -74,6 +75,7 @@ def _run(args: argparse.Namespace, ranks: Ranks) -> None:
     with one_line(ValueError, OSError):
         config = DraftConfig(
             sparsity=args.sparsity,
+            max_error=args.max_error,
             schedule=args.schedule,
             score=args.score,
             probes=args.probes,

@@ -2,6 +2,7 @@
 
 import collections
 import contextlib
+import math
 import sys
 import warnings
 import weakref
@@ -15,6 +16,7 @@ from ..attention import kernels
 from ..config import DraftConfig
 from ..families.family import Family, inputs_of
 from .clock import Clock, Moment
+from .feedback import Reading
 from .forward import Forward, Hook, check_not_exporting
 from .processors import PatchedLayers
 from .recomputation import Recomputation
@@ -170,7 +172,7 @@ class Attachment(StockWhenCopied):
         share(forward, module, self.family, self._layers.processors, inputs, video)
         forward.kv_len = video.kv_len
         moment = self.clock.at(inputs["timestep"])
-        step = self.schedule.at(moment, inputs["timestep"])
+        step = self.schedule.at(moment, inputs["timestep"], min(1.0, self.config.block / math.prod(video.grid)))
         self.clock.note(moment)
         forward.sparse = step is not None
         if step:
@@ -213,6 +215,8 @@ class Attachment(StockWhenCopied):
                 path: record.call for path, record in self.records.items() if record.call and record.ran == "sparse"
             }
             self.log.append(SparseForward(self._step, calls))
+            if self.schedule.feedback:
+                self.schedule.feedback.note(Reading((call.squares for call in calls.values()), self.forward.ranks))
 
     def _look_for_replaced(self, transformer: nn.Module) -> None:
         """Notice layers whose processor somebody has replaced since: they run dense unless they are patched again."""

@@ -27,11 +27,11 @@ class Point(NamedTuple):
 
 @dataclass(frozen=True)
 class ErrorCurve:
-    """`error = (1 - density) exp(level - slope density + drift left)`: nothing at density 1, more the less is computed.
+    """`error = (1 - density) exp(level - slope sqrt(density) + drift left)`: nothing at density 1.
 
     Attributes:
         level: logarithm of the error where nothing is computed and nothing of the run is left.
-        slope: how fast it falls with density, beside the share that is not computed. Not negative.
+        slope: how fast it falls with the root of density, beside the share that is not computed. Not negative.
         drift: how it goes over the run at the same density.
         spread: of each of them before anything is measured, as standard deviations.
     """
@@ -43,7 +43,7 @@ class ErrorCurve:
 
     def error(self, density: float, left: float) -> float:
         """Compute the error to expect of a step."""
-        return (1 - density) * math.exp(self.level - self.slope * density + self.drift * left)
+        return (1 - density) * math.exp(self.level - self.slope * math.sqrt(density) + self.drift * left)
 
     def fitted(self, points: Sequence[Point]) -> "ErrorCurve":
         """Fit the curve to measured steps: least squares of logarithms, drawn to this curve by its spread.
@@ -53,7 +53,7 @@ class ErrorCurve:
         points = [point for point in points if point.density < 1 and point.error > 0]
         if not points:
             return self
-        rows = np.array([[1.0, -point.density, point.left] for point in points])
+        rows = np.array([[1.0, -math.sqrt(point.density), point.left] for point in points])
         known = np.array([math.log(point.error / (1 - point.density)) for point in points])
         before = np.array([self.level, self.slope, self.drift])
         weights = NOISE / np.array(self.spread)

@@ -5,6 +5,7 @@ from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 
 from ..attention.method import Method
@@ -78,6 +79,7 @@ class Forward(LayerState):
         attached: whether settings are in force.
         open: whether a forward is running.
         turn: whose it is.
+        ranks: that share it, where it is split over GPUs.
         recomputed: states of forwards that backwards are running again, by thread.
     """
 
@@ -86,6 +88,7 @@ class Forward(LayerState):
         self.attached = False
         self.open = False
         self.turn = Turn()
+        self.ranks: dist.ProcessGroup | None = None
         self.recomputed: dict[int, LayerState] = {}
 
     def here(self) -> LayerState:

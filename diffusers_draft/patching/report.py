@@ -16,6 +16,11 @@ from .components import Components, is_in
 from .records import SparseCall
 from .schedule import SparseStep
 
+BARS = " ▁▂▃▄▅▆▇█"
+"""Heights of a chart's bars; the first is nothing."""
+WIDTH = 64
+"""Bars of a chart at most: those of longer runs are means of several steps."""
+
 
 @dataclass(frozen=True)
 class Error:
@@ -23,7 +28,7 @@ class Error:
 
     Attributes:
         before: of the sparse output, without correction.
-        after: of the corrected one, with each probe left out of its own fit.
+        after: of the corrected one, with each probe left out of its own fit. Both are 0 where nothing was skipped.
     """
 
     before: float
@@ -134,7 +139,8 @@ class TransformerReport:
     def __str__(self) -> str:
         config = self.config
         state = "" if self.attached else " (disabled)"
-        how = f"sparsity {config.sparsity:g} {config.schedule}, {config.budget} budget, {config.score} score"
+        goal = f"max_error {config.max_error:g}" if config.sparsity is None else f"sparsity {config.sparsity:g}"
+        how = f"{goal} {config.schedule}, {config.budget} budget, {config.score} score"
         lines = [f"{self.component}{state}: {self.family}, {how}"]
         if not self.in_pipeline:
             lines.append(f"  replaced  the pipeline's {self.component} is not the one that these numbers are of")
@@ -145,12 +151,15 @@ class TransformerReport:
             total, video = self.blocks
             lines.append(f"  blocks    {total} of {config.block} tokens, {video} of them video")
         lines.append(f"  density   {self._density_line()}")
+        lines += _chart([(forward.step, forward.density) for forward in self.run])
         if self.error and self.worst_layer:
             worst = self.errors[self.worst_layer]
+            asked = "" if config.max_error is None else f" (asked for {config.max_error:g})"
             lines.append(
-                f"  error     {self.error.before:.3f} before correction, {self.error.after:.3f} after; worst layer "
-                f"{self.worst_layer}: {worst.before:.3f}, {worst.after:.3f}"
+                f"  error     {self.error.before:.3f} before correction, {self.error.after:.3f} after{asked}; worst "
+                f"layer {self.worst_layer}: {worst.before:.3f}, {worst.after:.3f}"
             )
+            lines += _chart([(forward.step, forward.error.after) for forward in self.run if forward.error])
         lines.append(f"  layers    {len(self.densities)} sparse, {len(self.dense_layers)} dense")
         lines.append(f"  steps     {self.steps['sparse']} sparse, {self.steps['dense']} dense")
         dense = ", ".join(f"{count} by {reason}" for reason, count in self.dense_calls.items() if count)
@@ -193,7 +202,8 @@ def report_on(component: str, attachment: Attachment, components: Components | N
     records, counts, log = attachment.records, attachment.counts, tuple(attachment.log)
     block = attachment.config.block
     last = {path: record.call for path, record in records.items() if record.call}
-    looks = iter(_look([*last.values(), *(call for forward in log for call in forward.calls.values())], block))
+    calls = [*last.values(), *(call for forward in log for call in forward.calls.values())]
+    looks = iter(_look(calls, block, attachment.config.probes > 0))
     of_last = {path: next(looks) for path in last}
     of_run = [{path: next(looks) for path in forward.calls} for forward in log]
     facts = next(iter(last.values())).facts.tolist() if last else None
@@ -229,7 +239,7 @@ class _Look(NamedTuple):
     error: Error | None
 
 
-def _look(calls: Sequence[SparseCall], block: int) -> list[_Look]:
+def _look(calls: Sequence[SparseCall], block: int, probed: bool) -> list[_Look]:
     """Look into calls, waiting for each device once for each kind of what they left."""
     lengths = iter(_read([call.kv_len for call in calls if call.kv_len is not None]))
     found = []
@@ -238,7 +248,8 @@ def _look(calls: Sequence[SparseCall], block: int) -> list[_Look]:
     ):
         heads, blocks = call.facts.tolist()[:2]
         valid = [blocks] * len(pairs) if call.kv_len is None else [-(-length // block) for length in next(lengths)]
-        found.append(_Look(sum(pairs) / (sum(valid) * heads * blocks), _error(*squares)))
+        density = sum(pairs) / (sum(valid) * heads * blocks)
+        found.append(_Look(density, Error(0.0, 0.0) if probed and density == 1 else _error(*squares)))
     return found
 
 
@@ -261,6 +272,18 @@ def _forward_report(step: SparseStep, looks: dict[str, _Look]) -> ForwardReport:
 def _error(before: float, after: float, whole: float) -> Error | None:
     """Compute relative errors from sums of squares; None where nothing was measured."""
     return Error(math.sqrt(before / whole), math.sqrt(after / whole)) if whole else None
+
+
+def _chart(values: Iterable[tuple[int, float]]) -> list[str]:
+    """Draw a value over the steps of a run as a line of bars; nothing if it stays the same."""
+    steps = [_mean([value for _, value in group]) for _, group in itertools.groupby(values, key=lambda pair: pair[0])]
+    width = -(-len(steps) // WIDTH) or 1
+    means = [_mean(steps[first : first + width]) for first in range(0, len(steps), width)]
+    highest = max(filter(math.isfinite, means), default=0.0)
+    if len(set(means)) < 2 or not highest:
+        return []
+    heights = [math.ceil(mean / highest * (len(BARS) - 1)) if math.isfinite(mean) else None for mean in means]
+    return ["            " + "".join("?" if height is None else BARS[height] for height in heights)]
 
 
 def _mean(values: Sequence[float]) -> float:

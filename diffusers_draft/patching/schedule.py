@@ -11,9 +11,12 @@ from ..families.family import Family
 from ..schedules import SCHEDULES, constant
 from ..schedules import Schedule as Shape
 from .clock import Moment
+from .feedback import Feedback
 
 ALONE = 100
 """Steps that a run is thought to have where nobody knows it, evenly spread over the noise."""
+LEAST = 1e-3
+"""The least density where the size of the video is not known."""
 
 
 class SparseStep(NamedTuple):
@@ -39,7 +42,7 @@ class Schedule:
 
     Args:
         shape: how the density goes over the sparse steps.
-        sparsity: its mean is 1 less this.
+        goal: the mean sparsity of the sparse steps, or what sets the density by its error.
         dense_steps: share of the run's steps, from its start, that are dense; None leaves it to the timestep.
         dense_timestep: steps whose timestep is above this are dense.
         top_timestep: the timestep of pure noise, for forwards without a moment; None where timesteps do not tell.
@@ -48,55 +51,62 @@ class Schedule:
     def __init__(
         self,
         shape: Shape,
-        sparsity: float,
+        goal: float | Feedback,
         dense_steps: float | None,
         dense_timestep: float,
         top_timestep: float | None,
     ) -> None:
         self._shape = shape
-        self._sparsity = sparsity
+        self._goal = goal
         self._dense_steps = dense_steps
         self._dense_timestep = dense_timestep
         self._top_timestep = top_timestep
         self._warned = False
 
-    def at(self, moment: Moment | None, timestep: Tensor) -> SparseStep | None:
+    @property
+    def feedback(self) -> Feedback | None:
+        """What is to learn the errors that forwards measure, if anything is."""
+        return self._goal if isinstance(self._goal, Feedback) else None
+
+    def at(self, moment: Moment | None, timestep: Tensor, least: float = LEAST) -> SparseStep | None:
         """Tell what a forward is to do; None if it is dense.
 
         Args:
             moment: of the forward; None where nothing but the timestep tells it.
             timestep: the forward's argument, any shape. Without a moment it is read, which waits for the GPU, if the
                 density depends on it.
+            least: the density of one block a row.
 
         Raises:
             ValueError: if a timestep is to tell and timesteps rise.
         """
-        return self._alone(timestep) if moment is None else self._in_run(moment)
+        return self._alone(timestep, least) if moment is None else self._in_run(moment, least)
 
-    def _in_run(self, moment: Moment) -> SparseStep | None:
+    def _in_run(self, moment: Moment, least: float) -> SparseStep | None:
         last = len(moment.timesteps) - 1
         first = moment.begin if self._never_dense else max(moment.begin, self._first_sparse_step(moment))
         step = min(moment.step, last)
         if step < first:
             return None
-        return SparseStep(self._sparsity_at(share_left(moment)[first - moment.begin :], step - first), step)
+        left = share_left(moment)[first - moment.begin :]
+        return SparseStep(self._sparsity_at(moment.run, left, step - first, least), step)
 
-    def _alone(self, timestep: Tensor) -> SparseStep | None:
+    def _alone(self, timestep: Tensor, least: float) -> SparseStep | None:
         self._warn_of_unknown_run()
         limit = self._limit_alone
         top = None if self._shape is constant else self._top_timestep
         if top is None and limit == math.inf:
-            return SparseStep(self._sparsity, 0)
+            return SparseStep(self._sparsity_at(None, [1.0], 0, least), 0)
         value = float(timestep.max())
         if value > limit:
             return None
         if top is None:
-            return SparseStep(self._sparsity, 0)
+            return SparseStep(self._sparsity_at(None, [1.0], 0, least), 0)
         left = [share / ALONE for share in range(ALONE, -1, -1) if share / ALONE * top <= limit]
         if not left:
             return None
         index = min(range(len(left)), key=lambda index: abs(left[index] - value / top))
-        return SparseStep(self._sparsity_at(left, index), index)
+        return SparseStep(self._sparsity_at(None, left, index, least), index)
 
     @property
     def _limit_alone(self) -> float:
@@ -107,10 +117,12 @@ class Schedule:
             return self._dense_timestep
         return (1 - self._dense_steps) * self._top_timestep
 
-    def _sparsity_at(self, left: list[float], index: int) -> float:
+    def _sparsity_at(self, run: Tensor | None, left: list[float], index: int, least: float) -> float:
+        if isinstance(self._goal, Feedback):
+            return 1 - self._goal.density(run, left, index, least)
         if self._shape is constant:
-            return self._sparsity
-        return max(0.0, 1 - self._shape(1 - self._sparsity, left)[index])
+            return self._goal
+        return max(0.0, 1 - self._shape(1 - self._goal, left)[index])
 
     @property
     def _never_dense(self) -> bool:
@@ -161,4 +173,6 @@ def schedule_for(pipe: Any, family: Family, config: DraftConfig) -> Schedule:
             "Enable draft attention on the pipeline, or use dense_timestep."
         )
     limit = math.inf if limit is None else limit
-    return Schedule(SCHEDULES[config.schedule], config.sparsity, share, limit, family.top_timestep)
+    shape = SCHEDULES[config.schedule]
+    goal = config.known_sparsity if config.max_error is None else Feedback(config.max_error, shape)
+    return Schedule(shape, goal, share, limit, family.top_timestep)

@@ -123,7 +123,7 @@ def share(
     """
     config = check_layers(transformer, family, processors)
     if config is None or isinstance(family.split, Refusal):
-        forward.shared = None
+        forward.shared = forward.ranks = None
         return
     states = inputs["hidden_states"]
     tokens = math.prod(video.grid) if states.dim() > 3 else states.shape[1]  # packed latents come with their others
@@ -131,3 +131,4 @@ def share(
     # Compiled code would be tied to a number, but takes any length.
     forward.shared = torch.empty(tokens, device="meta")
     forward.whole_text = family.split.whole_text
+    forward.ranks = config._ulysses_mesh.get_group()

@@ -276,7 +276,7 @@ def test_full_disk_is_one_line_and_keeps_what_was_done(folder, tmp_path, monkeyp
         (["--selection", "best"], "selection cannot be 'best': expected one of draft, random, local, oracle"),
         (
             ["--setting", "sparsety=0.9"],
-            "Unknown option 'sparsety' in a setting. Known are sparsity, schedule, score, probes, budget, tile",
+            "Unknown option 'sparsety' in a setting. Known are sparsity, max_error, schedule, score, probes,",
         ),
         (["--setting", "budget=column"], "Unknown budget 'column'"),
         (["--sparsity", "0.5", "--prompts", "missing.txt"], "No such file or directory: 'missing.txt'"),
@@ -286,6 +286,8 @@ def test_full_disk_is_one_line_and_keeps_what_was_done(folder, tmp_path, monkeyp
         (["--sparsity", "0.5", "--image", "missing.png"], "No such file or directory: 'missing.png'"),
         (["--sparsity", "0.5", "--output", "empty.txt"], "Not a directory"),
         (["--sparsity", "0.5", "--vbench"], "pip install vbench"),
+        (["--max-error", "0.05", "--sparsity", "0.5"], "Give sparsity or max_error, not both, got sparsity=0.5"),
+        (["--max-error", "0.05", "--attention"], "--attention measures calls at a given sparsity"),
         (["--sparsity", "0.5", "--attention", "--compile"], "need a model that is not compiled"),
         (["--sparsity", "0.5", "--height", "100"], "divisible by 16"),
         (["--sparsity", "0.5", "--backend", "torch", "fa4"], "Backend 'fa4' needs "),
@@ -459,7 +461,7 @@ def test_draft_selection_under_autocast_is_draft_attention(sparsity):
         with handle._watched(selecting("draft", 0)):
             assert torch.equal(models.forward(model, inputs), expected)
     after = handle.report().transformers[0]
-    assert after.run[1] == before.run[0] and (after.error is None) == (sparsity == 0)
+    assert after.run[1] == before.run[0] and (after.error.before == 0) == (sparsity == 0)
 
 
 def test_more_metrics_and_settings_are_added_to_a_finished_study(tmp_path):

@@ -69,7 +69,7 @@ def draft_picture(
     call = Call.order(query, key, value, torch.tensor([*grid, 0]), None, config.method)
     layout, draft = call.layout, call.draft()
     video_blocks = layout.num_video_blocks
-    kept = call.select(config.sparsity).to_dense()[0, 0].cpu()
+    kept = call.select(config.known_sparsity).to_dense()[0, 0].cpu()
     labels = (layout.inverse // layout.block).cpu().view(grid)
     if block is None:
         block = int(labels[grid[0] // 2, grid[1] // 2, grid[2] // 2])

@@ -139,10 +139,10 @@ def measure_call(
     layout = call.layout
     if not layout.num_video_blocks:
         raise ValueError(f"The video has fewer tokens than a block of {layout.block}: nothing is sparse.")
-    mask = call.select(config.sparsity, SELECTIONS[setting.selection](call, generator))
-    out = attended(call, mask, config.sparsity).out
+    mask = call.select(config.known_sparsity, SELECTIONS[setting.selection](call, generator))
+    out = attended(call, mask, config.known_sparsity).out
     mass = block_mass(call.query, call.key, layout.num_video_blocks, layout.block, call.scale, kv_len)
-    best = call.select(config.sparsity, mass[..., : mass.shape[2]])
+    best = call.select(config.known_sparsity, mass[..., : mass.shape[2]])
     columns = (_error(out, dense, call), _kept(mass, mask), _kept(mass, best))
     return [{"error": error, "kept": kept, "oracle": most} for error, kept, most in zip(*columns, strict=True)]
 

@@ -36,7 +36,7 @@ class Setting:
     def name(self) -> str:
         """The method and all options that are not the default, in the form that `parse_setting` reads."""
         defaults = Setting().options
-        shown = {k: v for k, v in self.options.items() if k in ALWAYS_NAMED or v != defaults[k]}
+        shown = {k: v for k, v in self.options.items() if v is not None and (k in ALWAYS_NAMED or v != defaults[k])}
         return ",".join(f"{key}={_text(key, value)}" for key, value in shown.items())
 
 
@@ -52,6 +52,7 @@ def _selection(text: str) -> str:
 
 PARSERS: dict[str, Callable[[str], Any]] = {
     "sparsity": float,
+    "max_error": float,
     "schedule": str,
     "score": str,
     "probes": int,
