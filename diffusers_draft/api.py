@@ -8,7 +8,7 @@ from typing import Any
 from .attention.layout import Tile
 from .attention.method import Budget, Score
 from .config import DraftConfig, ScheduleName
-from .patching.attachment import Attachment, attachment_of, check_not_running
+from .patching.attachment import Attachment, attachment_of, check_not_running, paused
 from .patching.clock import Clock
 from .patching.components import components_of, warn_of_dense_components
 from .patching.forward import Hook
@@ -65,14 +65,17 @@ class DraftHandle:
     def disable(self) -> None:
         """Restore the stock attention bit for bit. Harmless when done twice or after enabling again.
 
+        Settings belong to the transformer: other threads that run it lose draft attention, too.
+
         Raises:
-            RuntimeError: if called while a forward of the transformer is running.
+            RuntimeError: if called in a forward of the transformer. Those of other threads are waited for.
         """
         for attachment in self._attachments.values():
             check_not_running(attachment.transformer())
-        for attachment in self._attachments.values():
-            attachment.given_up = True
-            attachment.detach()
+        with paused(self._attachments.values()):
+            for attachment in self._attachments.values():
+                attachment.given_up = True
+                attachment.detach()
 
     @contextlib.contextmanager
     def _watched(self, hook: Hook) -> Iterator[None]:
@@ -86,11 +89,12 @@ class DraftHandle:
         return self
 
     def __exit__(self, *exception: object) -> None:
-        in_force = [attachment.transformer() for attachment in self._attachments.values() if attachment.attached]
-        self.disable()
-        for old in self._replaced:
-            if not old.given_up and any(old.transformer() is transformer for transformer in in_force):
-                old.attach()
+        with paused(self._attachments.values()):
+            in_force = [attachment.transformer() for attachment in self._attachments.values() if attachment.attached]
+            self.disable()
+            for old in self._replaced:
+                if not old.given_up and any(old.transformer() is transformer for transformer in in_force):
+                    old.attach()
 
 
 def enable_draft_attention(
@@ -141,7 +145,7 @@ def enable_draft_attention(
         ImportError: if the chosen backend's package is missing.
         NotImplementedError: under ring attention, or when the model is split over GPUs in a way that draft attention
             cannot follow; the message says what to do.
-        RuntimeError: if called while a forward of the transformer is running.
+        RuntimeError: if called in a forward of the transformer. Those of other threads are waited for.
     """
     given = DraftConfig(
         sparsity=sparsity,
@@ -172,19 +176,25 @@ def enable_draft_attention(
         layers = choose_layers(transformer, family, config)
         attachments[name] = Attachment(transformer, family, config, *clocks[family.name], *layers)
 
-    replaced = [old for transformer, _ in found.values() if (old := attachment_of(transformer))]
-    for old in replaced:
-        old.detach()
+    with paused(attachments.values()):
+        replaced = [old for transformer, _ in found.values() if (old := attachment_of(transformer))]
+        _replace(replaced, list(attachments.values()))
+    return DraftHandle(pipe, config, attachments, replaced)
+
+
+def _replace(old: list[Attachment], new: list[Attachment]) -> None:
+    """Put new settings in the place of old ones, or leave those in force if that fails."""
+    for attachment in old:
+        attachment.detach()
     try:
-        for attachment in attachments.values():
+        for attachment in new:
             attachment.attach()
     except BaseException:
-        for attachment in attachments.values():
+        for attachment in new:
             attachment.detach()
-        for old in replaced:
-            old.attach()
+        for attachment in old:
+            attachment.attach()
         raise
-    return DraftHandle(pipe, config, attachments, replaced)
 
 
 def disable_draft_attention(pipe: Any) -> None:
@@ -195,12 +205,13 @@ def disable_draft_attention(pipe: Any) -> None:
 
     Raises:
         TypeError: if `pipe` has no transformer that draft attention knows.
-        RuntimeError: if called while a forward of the transformer is running.
+        RuntimeError: if called in a forward of the transformer. Those of other threads are waited for.
     """
     transformers = [transformer for transformer, _ in known_transformers(pipe).values()]
     for transformer in transformers:
         check_not_running(transformer)
-    for transformer in transformers:
-        if attachment := attachment_of(transformer):
+    attachments = [attachment for transformer in transformers if (attachment := attachment_of(transformer))]
+    with paused(attachments):
+        for attachment in attachments:
             attachment.given_up = True
             attachment.detach()

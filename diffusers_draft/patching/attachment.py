@@ -6,8 +6,8 @@ import math
 import sys
 import warnings
 import weakref
-from collections.abc import Iterator
-from typing import Any
+from collections.abc import Iterable, Iterator
+from typing import Any, NamedTuple
 
 import torch
 from torch import nn
@@ -19,13 +19,12 @@ from .clock import Clock, Moment
 from .feedback import Reading
 from .forward import Forward, Hook, check_not_exporting
 from .processors import PatchedLayers
-from .recomputation import Recomputation
 from .records import Counts, LayerRecord, SparseForward
 from .schedule import Schedule, SparseStep
 from .shadow import Shadow
 from .splitting import originals_of, share
 from .stock_when_copied import StockWhenCopied
-from .turn import runs_module
+from .turn import calls_of
 
 _shadows: weakref.WeakKeyDictionary[nn.Module, Shadow] = weakref.WeakKeyDictionary()
 """Of every transformer that was ever patched, for its life."""
@@ -38,6 +37,14 @@ OUTSIDE = (
 """Said by `torch.compile` and `torch.export` where they meet the hook."""
 MOST_FORWARDS = 512
 """Sparse forwards of a run that are remembered: each holds small tensors of every layer on the device."""
+
+
+class _Counted(NamedTuple):
+    """What was being counted when a forward began within another."""
+
+    step: SparseStep | None
+    replaced: int
+    ran: dict[str, str]
 
 
 class Attachment(StockWhenCopied):
@@ -87,7 +94,7 @@ class Attachment(StockWhenCopied):
         self._replaced = 0
         self._shadow = _shadows.setdefault(transformer, Shadow(family))
         self._layers: PatchedLayers | None = None
-        self._recomputation = Recomputation(self._shadow.forward, sparse_layers)
+        self._outer: list[_Counted] = []
         self._hook: Hook | None = None
         self._handles: list[Any] = []
 
@@ -105,6 +112,7 @@ class Attachment(StockWhenCopied):
         """Put the processors and the hooks in place, or nothing if any of it fails."""
         transformer = self.transformer()
         assert transformer is not None, "the transformer is held by the caller"
+        self._shadow.stop_waiting()
         originals = originals_of(transformer, tuple(self.records))
         if self._layers is None or self._layers.originals != originals:
             self._layers = PatchedLayers(transformer, originals, self._shadow, self.records)
@@ -127,9 +135,9 @@ class Attachment(StockWhenCopied):
             self.forward.hook = None
         while self._handles:
             self._handles.pop().remove()
-        self._recomputation.forget()
         if self._layers is not None:
             self._layers.take_back()
+            self._shadow.await_backward(self._layers.modules())
 
     @contextlib.contextmanager
     def watched(self, hook: Hook) -> Iterator[None]:
@@ -153,7 +161,12 @@ class Attachment(StockWhenCopied):
             RuntimeError: if the forward is exported or traced.
         """
         check_not_exporting()
-        self.forward.begin()
+        self.forward.begin(module)
+        if not self.attached:  # another thread has disabled it, or put others in its place, while this one waited
+            self.forward.end()
+            if others := attachment_of(module):
+                others(module, args, kwargs)
+            return
         try:
             self._learn(module, args, kwargs)
         except BaseException:
@@ -164,9 +177,11 @@ class Attachment(StockWhenCopied):
         hooks.move_to_end(self._handles[-1].id)
 
     def _learn(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        inputs = inputs_of(module, args, kwargs)
+        forward, inputs = self.forward, inputs_of(module, args, kwargs)
+        if forward.repeat(inputs["timestep"]):
+            forward.remember(inputs["timestep"])
+            return
         video = self.family.video(inputs, module.config)
-        forward = self.forward
         forward.geometry = torch.tensor([*video.grid, video.prefix], device="cpu")
         assert self._layers is not None, "attached"
         share(forward, module, self.family, self._layers.processors, inputs, video)
@@ -179,11 +194,13 @@ class Attachment(StockWhenCopied):
             forward.numbers = torch.tensor([step.sparsity, step.number], dtype=torch.float64, device="cpu")
         self._look_for_replaced(module)
         self.last_grid = video.grid
-        self._recomputation.remember(module, inputs)
+        forward.remember(inputs["timestep"])
         self._count(moment, step)
 
     def _count(self, moment: Moment | None, step: SparseStep | None) -> None:
         """Count one forward and, when the scheduler has moved on, one step."""
+        del self._outer[self.forward.depth - 1 :]
+        self._outer.append(_Counted(self._step, self._replaced, {path: one.ran for path, one in self.records.items()}))
         kind = "sparse" if step else "dense"
         self.counts.forwards[kind] += 1
         if moment is None or not moment.is_step_of(self._last_moment):
@@ -194,10 +211,18 @@ class Attachment(StockWhenCopied):
         for record in self.records.values():
             record.ran = ""
 
-    def end(self, failed: bool) -> None:
+    def end(self, output: Any) -> None:
         """Count the calls of the forward that is over, and keep what its sparse ones left."""
-        if not self.forward.end():  # it failed before it began
+        if not self.forward.end(output):  # it failed before it began, or was no new one
             return
+        self._count_calls(failed=output is None)
+        outer = self._outer.pop()
+        if self._outer:
+            self._step, self._replaced = outer.step, outer.replaced
+            for path, record in self.records.items():
+                record.ran = outer.ran[path]
+
+    def _count_calls(self, failed: bool) -> None:
         ran = collections.Counter(record.ran for record in self.records.values())
         sparse = self._step is not None
         self.counts.calls["sparse"] += ran["sparse"]
@@ -243,7 +268,7 @@ class _End(StockWhenCopied):
 
     @torch.compiler.disable
     def __call__(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
-        self._attachment.end(failed=output is None)
+        self._attachment.end(output)
 
 
 def attachment_of(transformer: nn.Module) -> Attachment | None:
@@ -252,10 +277,19 @@ def attachment_of(transformer: nn.Module) -> Attachment | None:
     return next((hook for hook in hooks if isinstance(hook, Attachment)), None)
 
 
+@contextlib.contextmanager
+def paused(attachments: Iterable[Attachment]) -> Iterator[None]:
+    """Keep other threads out of the transformers while settings change, once they have left them."""
+    with contextlib.ExitStack() as stack:
+        for attachment in sorted(attachments, key=lambda attachment: id(attachment.forward)):
+            if (transformer := attachment.transformer()) is not None:
+                stack.enter_context(attachment.forward.turn.paused(transformer))
+        yield
+
+
 def check_not_running(transformer: nn.Module | None) -> None:
     """Raise RuntimeError if this thread is in a forward of a patched transformer."""
-    attachment = None if transformer is None else attachment_of(transformer)
-    if attachment and attachment.forward.turn.is_held_here and runs_module(sys._getframe()):
+    if transformer is not None and attachment_of(transformer) and calls_of(transformer, sys._getframe()):
         raise RuntimeError(
             f"A forward of {type(transformer).__name__} is running. Enable or disable draft attention between "
             "forwards, for example in callback_on_step_end."

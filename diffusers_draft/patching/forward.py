@@ -1,17 +1,20 @@
 """What a transformer's forward leaves for its attention layers, and how to look into their calls."""
 
+import sys
 import threading
+import weakref
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
-from torch import Tensor
+from torch import Tensor, nn
 
 from ..attention.method import Method
 from ..attention.ops import Attended
+from .recomputation import Ran, Recomputation, in_backward
 from .records import LayerRecord
-from .turn import Turn
+from .turn import Turn, calls_of
 
 
 class AttentionCall(NamedTuple):
@@ -72,30 +75,60 @@ class LayerState:
         return state
 
 
+class _Outer(NamedTuple):
+    """What was there when a forward began."""
+
+    state: LayerState
+    open: bool
+    again: bool
+    ran: Ran[LayerState] | None
+
+
 class Forward(LayerState):
     """State of a transformer for its life: the running forward, and the settings in force.
 
     Attributes:
         attached: whether settings are in force.
         open: whether a forward is running.
+        again: whether it repeats an earlier one for a backward.
         turn: whose it is.
         ranks: that share it, where it is split over GPUs.
-        recomputed: states of forwards that backwards are running again, by thread.
     """
 
     def __init__(self) -> None:
         super().__init__()
         self.attached = False
         self.open = False
+        self.again = False
         self.turn = Turn()
         self.ranks: dist.ProcessGroup | None = None
-        self.recomputed: dict[int, LayerState] = {}
+        self._recomputation: Recomputation[LayerState] = Recomputation()
+        self._ran: Ran[LayerState] | None = None
+        self._outer: list[_Outer] = []
+        self._module: Callable[[], nn.Module | None] = lambda: None
+        self._repeated = threading.local()
+
+    @property
+    def depth(self) -> int:
+        """How many forwards are running, each within the one before."""
+        return len(self._outer)
+
+    @property
+    def is_awaited(self) -> bool:
+        """Whether a backward of an earlier forward may come."""
+        return self._recomputation.awaited
+
+    @property
+    def was_sparse(self) -> bool:
+        """Whether the layer that a backward runs again was sparse."""
+        state = self._recomputation.of_layer()
+        return state is not None and state.sparse
 
     def here(self) -> LayerState:
         """Get the state for a layer that is called now, in this thread."""
-        if torch.compiler.is_compiling() or not self.recomputed:
+        if torch.compiler.is_compiling() or not in_backward() or self._runs_here():
             return self
-        return self.recomputed.get(threading.get_ident(), self)
+        return getattr(self._repeated, "state", self)
 
     def enter(self, layer: LayerRecord) -> None:
         """Note which layer is about to run.
@@ -104,27 +137,65 @@ class Forward(LayerState):
             RuntimeError: if it runs outside of the transformer's forward, whose grid is unknown then, or is exported.
         """
         check_not_exporting()
-        state = self.here()
-        if state is not self:
-            state.layer = LayerRecord(layer.path)  # what happened in the forward itself stays
+        if torch.compiler.is_compiling():
+            if self.attached and not self.open:
+                raise RuntimeError(_strayed(layer))
+        elif not self._runs_here():
+            self._enter_again(layer)
             return
-        if self.attached and not (self.open and (torch.compiler.is_compiling() or self.turn.is_held_here)):
-            raise RuntimeError(_strayed(layer))
-        self.layer = layer
-        layer.ran = "dense"
+        # What happened in the forward that is repeated stays.
+        self.layer = LayerRecord(layer.path) if self.again else layer
+        self.layer.ran = "dense"
 
-    def begin(self) -> None:
-        """Wait for this thread's turn; what was recomputed in it before is over."""
-        self.turn.take()
-        self.recomputed.pop(threading.get_ident(), None)
-        self.open = True
+    def begin(self, module: nn.Module) -> None:
+        """Wait for this thread's turn."""
+        self.turn.take(module)
+        self._module = weakref.ref(module)
+        del self._outer[max(0, calls_of(module, sys._getframe()) - 1) :]  # what was interrupted never ended
+        self._outer.append(_Outer(self.copied(), self.open, self.again, self._ran))
+        self.open, self.again = True, False
 
-    def end(self) -> bool:
-        """Note that this thread's forward is over; return False if there was none."""
-        if not self.turn.is_held_here:
+    def repeat(self, timestep: Tensor) -> bool:
+        """Take the state of the forward that the one beginning repeats for a backward; return False if it does not."""
+        state = self._recomputation.of_forward(timestep) if in_backward() else None
+        if state is not None:
+            self.again = True
+            self.__dict__.update(state.copied().__dict__)
+        return self.again
+
+    def remember(self, timestep: Tensor) -> None:
+        """Remember what the forward that begins leaves for its layers, should a backward repeat them."""
+        self._ran = self._recomputation.remember(self.copied(), timestep)
+
+    def end(self, output: Any = None) -> bool:
+        """Note that this thread's forward is over; return False if there was none, or one that was a repetition."""
+        if not self.turn.is_held_here or not self._outer:
             return False
-        self.open = False
-        return self.turn.give()
+        if self._ran is not None:
+            self._ran.over(output)
+        again, outer = self.again, self._outer.pop()
+        if again or outer.open:
+            self.__dict__.update(outer.state.__dict__)
+        self.open, self.again, self._ran = bool(self._outer), outer.again, outer.ran
+        if not self._outer:
+            self.turn.give()
+        return not again
+
+    def _runs_here(self) -> bool:
+        """Return True if this thread is in a forward of the transformer."""
+        return self.open and self.turn.is_held_here and calls_of(self._module(), sys._getframe()) > 0
+
+    def _enter_again(self, layer: LayerRecord) -> None:
+        """Find the state for a layer that a backward runs again."""
+        state = self._recomputation.of_layer() if in_backward() else None
+        if state is None:
+            self._repeated.__dict__.pop("state", None)
+            if self.attached or in_backward():
+                raise RuntimeError(_strayed(layer))
+            self.layer = LayerRecord(layer.path)
+            return
+        self._repeated.state = state.copied()
+        self._repeated.state.layer = LayerRecord(layer.path)
 
 
 def check_not_exporting() -> None:
@@ -139,7 +210,7 @@ def check_not_exporting() -> None:
 
 def _strayed(layer: LayerRecord) -> str:
     """Say why a layer's forward is unknown."""
-    if not torch.compiler.is_compiling() and torch._C._current_graph_task_id() != -1:
+    if not torch.compiler.is_compiling() and in_backward():
         return (
             f"A backward runs the layer {layer.path} again, and nothing tells for which forward. Checkpoint whole "
             "blocks, as transformer.enable_gradient_checkpointing() does, or disable draft attention first."

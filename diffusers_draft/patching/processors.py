@@ -71,6 +71,10 @@ class PatchedLayers:
                 kept[name] = ours.unwrapped(self.originals[path])
         self._shadow.hide()
 
+    def modules(self) -> list[Any]:
+        """List those layers that still exist."""
+        return [module for _, module in self._there()]
+
     def replaced(self) -> list[Any]:
         """List the processors that somebody else has put in the place of ours since."""
         return [found for path, found in self.present().items() if found is not self.processors[path]]

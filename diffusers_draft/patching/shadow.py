@@ -19,6 +19,7 @@ from torch.nn import functional
 from ..families.family import Family
 from .dispatch import Dispatch, attention_call
 from .forward import Forward
+from .late_backward import LateBackward
 from .records import LayerRecord
 
 _numbers = itertools.count()
@@ -42,6 +43,7 @@ class Shadow:
         self._classes: dict[type, type[DraftProcessor]] = {}
         self._modules: dict[str, types.ModuleType] = {}
         self._forget: weakref.finalize | None = None
+        self._late: LateBackward | None = None
 
     def class_for(self, stock: type) -> "type[DraftProcessor]":
         """Get the subclass of a stock processor class."""
@@ -49,6 +51,17 @@ class Shadow:
             self._classes[stock], modules = _patched_class(stock, self.forward, self._family)
             self._modules |= {module.__name__: module for module in modules}
         return self._classes[stock]
+
+    def await_backward(self, layers: list[nn.Module]) -> None:
+        """Let layers that have lost draft attention refuse a backward of what they did with it, if one may come."""
+        if self._late is None and self.forward.is_awaited:
+            self._late = LateBackward(self.forward, layers)
+
+    def stop_waiting(self) -> None:
+        """Let them do what they will: they have draft attention again."""
+        if self._late is not None:
+            self._late.remove()
+            self._late = None
 
     def show(self, transformer: nn.Module) -> None:
         """Put the modules in `sys.modules`: `torch.compile` looks up a function's globals by module name."""

@@ -8,6 +8,7 @@ from typing import Any
 import models
 import pytest
 import torch
+from diffusers import FlowMatchEulerDiscreteScheduler
 from models import error
 from torch import Tensor
 from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import CheckpointImpl, checkpoint_wrapper
@@ -121,26 +122,175 @@ def test_a_backward_recomputes_the_forward_that_it_belongs_to(
     assert sum(report.forwards.values()) == sum(before.forwards.values()) + 1
     calls = before.sparse_calls + sum(before.dense_calls.values())
     assert report.sparse_calls + sum(report.dense_calls.values()) - calls == len(tiny.layers)  # of the teacher's alone
+    del loss
     handle.disable()
     assert not any(module._forward_pre_hooks for module in model.modules())
 
 
-def test_a_backward_that_checkpoints_less_than_a_layer_is_refused() -> None:
-    model = models.wan().train()
-    inputs = models.wan_inputs(1, (3, 13, 17))
+def test_a_backward_that_checkpoints_less_than_a_layer() -> None:
+    model, inputs = models.wan().train(), models.wan_inputs(1, (3, 13, 17))
     enable_draft_attention(model, sparsity=0.8)
-    block = model.blocks[1]
-    whole = block.attn1.processor
+    expected = gradients(model, inputs)
+    whole = model.blocks[1].attn1.processor
 
     class Checkpointed:
         def __call__(self, attn: Any, hidden_states: Tensor, *args: Any) -> Tensor:
             return checkpoint(lambda x: whole(attn, x + 0, *args), hidden_states * 1, use_reentrant=False)
 
-    block.attn1.processor = Checkpointed()
+    model.blocks[1].attn1.processor = Checkpointed()
     with pytest.warns(UserWarning, match="lost draft attention"):
         loss = model(**inputs).sample.square().mean()
-    with pytest.raises(RuntimeError, match="nothing tells for which forward"):
+    with torch.no_grad():
+        model(**models.wan_inputs(1, (3, 17, 13)))
+    model.zero_grad()
+    loss.backward()
+    assert_close({name: parameter.grad for name, parameter in model.named_parameters()}, expected)
+
+
+def fresh(**options: Any) -> Any:
+    """A model in training, and draft attention enabled, that has not run yet."""
+    model = models.wan().train()
+    enable_draft_attention(model, sparsity=0.7, **options)
+    return model
+
+
+def loss_of(model: Any, inputs: models.Inputs) -> Tensor:
+    return model(**inputs, return_dict=False)[0].square().mean()
+
+
+def gradients_of(model: Any) -> dict[str, Tensor]:
+    named = ((name.replace("_checkpoint_wrapped_module.", ""), value.grad) for name, value in model.named_parameters())
+    return {name: grad.clone() for name, grad in named if grad is not None}
+
+
+@pytest.fixture(scope="module")
+def expected() -> dict[str, Tensor]:
+    """Gradients without checkpoints."""
+    return gradients(fresh(), models.wan_inputs())
+
+
+@pytest.mark.parametrize("how", CHECKPOINTING)
+def test_a_model_may_be_wrapped_before_it_ever_ran(how: str, expected: dict[str, Tensor]) -> None:
+    model = fresh()
+    CHECKPOINTING[how](model, models.TINY["wan"].layers)
+    loss_of(model, models.wan_inputs()).backward()
+    assert_close(gradients_of(model), expected)
+
+
+@pytest.mark.parametrize("blocks", [None, True, False])
+@pytest.mark.parametrize("reentrant", [True, False])
+def test_a_whole_forward_may_be_checkpointed(
+    blocks: bool | None, reentrant: bool, expected: dict[str, Tensor]
+) -> None:
+    """With its blocks in it or without, and others behind it; a repetition is not counted."""
+    model = models.wan().train()
+    handle = enable_draft_attention(model, sparsity=0.7)
+    if blocks is not None:
+        model.enable_gradient_checkpointing(functools.partial(checkpoint, use_reentrant=blocks))
+    inputs = models.wan_inputs()
+    states = inputs.pop("hidden_states").requires_grad_()
+    out = checkpoint(
+        lambda states: model(hidden_states=states, **inputs, return_dict=False)[0], states, use_reentrant=reentrant
+    )
+    run(model, models.wan_inputs(grid=(3, 17, 13), timestep=990))
+    out.square().mean().backward()
+    assert_close(gradients_of(model), expected)
+    report = handle.report().transformers[0]
+    assert (report.forwards["sparse"], report.sparse_calls) == (2, 6)
+
+
+def gradients_of_a_loop(reentrant: bool | None) -> dict[str, Tensor]:
+    """Of a denoising loop with guidance whose steps are checkpointed; None for no checkpoints."""
+    model = models.wan().train()
+    pipe = models.Loop(FlowMatchEulerDiscreteScheduler(), transformer=model)
+    enable_draft_attention(pipe, sparsity=0.7)
+    pipe.scheduler.set_timesteps(4)
+    inputs = models.wan_inputs(grid=(3, 24, 24))
+    states, text = inputs["hidden_states"].requires_grad_(), inputs["encoder_hidden_states"]
+
+    def step(states: Tensor, timestep: Tensor) -> Tensor:
+        halves = [model(states, timestep.expand(1), half, return_dict=False)[0] for half in (text, text * 0)]
+        return halves[1] + 3 * (halves[0] - halves[1])
+
+    for timestep in pipe.scheduler.timesteps:
+        out = (
+            step(states, timestep)
+            if reentrant is None
+            else checkpoint(step, states, timestep, use_reentrant=reentrant)
+        )
+        states = pipe.scheduler.step(out, timestep, states, return_dict=False)[0]
+    states.square().mean().backward()
+    return gradients_of(model)
+
+
+@pytest.mark.parametrize("reentrant", [True, False])
+def test_every_step_of_a_checkpointed_loop_has_its_own_density(reentrant: bool) -> None:
+    """Also where two forwards are checkpointed as one."""
+    assert_close(gradients_of_a_loop(reentrant), gradients_of_a_loop(None))
+
+
+def test_checkpoints_whose_inputs_are_kept_elsewhere(expected: dict[str, Tensor]) -> None:
+    """As activation offloading does."""
+    model = fresh()
+    model.enable_gradient_checkpointing()
+    with torch.autograd.graph.saved_tensors_hooks(torch.clone, lambda tensor: tensor):
+        loss = loss_of(model, models.wan_inputs())
+    run(model, models.wan_inputs(grid=(3, 17, 13)))
+    loss.backward()
+    assert_close(gradients_of(model), expected)
+
+
+@pytest.mark.parametrize("reentrant", [True, False])
+def test_other_settings_between_a_forward_and_its_backward(reentrant: bool, expected: dict[str, Tensor]) -> None:
+    model = fresh()
+    model.enable_gradient_checkpointing(functools.partial(checkpoint, use_reentrant=reentrant))
+    loss = loss_of(model, models.wan_inputs())
+    with enable_draft_attention(model, sparsity=0.2, probes=0):
+        run(model, models.wan_inputs())
+    enable_draft_attention(model, sparsity=0.5, score="mass")
+    loss.backward()
+    assert_close(gradients_of(model), expected)
+
+
+@pytest.mark.parametrize("reentrant", [True, False])
+def test_a_backward_after_disabling_says_so(reentrant: bool) -> None:
+    """Its forward's processors are gone; stock ones would compute other gradients."""
+    model = models.wan().train()
+    model.enable_gradient_checkpointing(functools.partial(checkpoint, use_reentrant=reentrant))
+    with enable_draft_attention(model, sparsity=0.7):
+        loss = loss_of(model, models.wan_inputs())
+    with pytest.raises(RuntimeError, match="draft attention was disabled before the backward"):
         loss.backward()
+    model.zero_grad()
+    stock = gradients(model, models.wan_inputs())
+    assert_close(stock, gradients(models.wan().train(), models.wan_inputs()))
+
+
+def test_gradients_by_torch_func() -> None:
+    model, inputs = fresh(), models.wan_inputs()
+
+    def loss(parameters: dict[str, Tensor]) -> Tensor:
+        return torch.func.functional_call(model, parameters, (), inputs | dict(return_dict=False))[0].square().mean()
+
+    found = torch.func.grad(loss)({name: value.detach() for name, value in model.named_parameters()})
+    assert_close(found, gradients(fresh(), inputs))
+
+
+def test_a_forward_within_a_forward() -> None:
+    """A user's hook that runs the model once more, on another grid."""
+    model, inside = models.wan().eval(), []
+    handle = enable_draft_attention(model, sparsity=0.7)
+    expected = run(model), run(model, models.wan_inputs(grid=(3, 17, 13)))
+
+    def once_more(*args: Any) -> None:
+        if not inside:
+            inside.append(None)
+            inside[0] = run(model, models.wan_inputs(grid=(3, 17, 13)))
+
+    model.blocks[1].register_forward_pre_hook(once_more)
+    assert torch.equal(run(model), expected[0]) and torch.equal(inside[0], expected[1])
+    report = handle.report().transformers[0]
+    assert (report.forwards["sparse"], report.sparse_calls, report.skipped_calls) == (4, 12, 0)
 
 
 @pytest.mark.parametrize("name", ["wan", "hunyuan_video"])
@@ -166,6 +316,54 @@ def test_two_threads_do_not_see_each_other(name: str) -> None:
     assert not wrong
 
 
+def test_threads_that_enable_and_disable_never_tear_a_forward() -> None:
+    """Settings belong to the transformer: whatever the others set, a forward has one of them from start to end."""
+    model, sparsities = models.wan().eval(), (0.3, 0.7)
+    outputs = [run(model)]
+    for sparsity in sparsities:
+        with enable_draft_attention(model, sparsity):
+            outputs.append(run(model))
+    torn: list[object] = []
+
+    def forwards(sparsity: float) -> None:
+        try:
+            for _ in range(10):
+                with enable_draft_attention(model, sparsity):
+                    out = run(model)
+                torn.extend([sparsity] * (not any(torch.equal(out, whole) for whole in outputs)))
+        except Exception as failure:
+            torn.append(failure)
+
+    threads = [threading.Thread(target=forwards, args=(sparsity,)) for sparsity in sparsities]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert not torn
+
+
+@pytest.mark.parametrize("change", ["disable", "enable"])
+def test_changes_wait_for_the_forward_of_another_thread(change: str) -> None:
+    model, inside, out = models.wan().eval(), threading.Event(), []
+    handle = enable_draft_attention(model, sparsity=0.7)
+    expected = run(model)
+    go_on = threading.Event()
+
+    def hold(*args: Any) -> None:
+        inside.set()
+        go_on.wait(timeout=60)
+
+    hook = model.blocks[1].register_forward_pre_hook(hold)
+    worker = threading.Thread(target=lambda: out.append(run(model)))
+    worker.start()
+    assert inside.wait(timeout=60)
+    threading.Timer(0.3, go_on.set).start()
+    handle.disable() if change == "disable" else enable_draft_attention(model, sparsity=0.2)
+    worker.join()
+    hook.remove()
+    assert torch.equal(out[0], expected)
+
+
 def test_a_forward_that_fails_lets_the_next_thread_in() -> None:
     model = models.wan().eval()
     enable_draft_attention(model)
@@ -181,16 +379,61 @@ def test_a_forward_that_fails_lets_the_next_thread_in() -> None:
 
 def test_a_turn_that_was_lost_is_taken() -> None:
     """Ctrl-C in a forward: its thread holds the turn and runs no module."""
-    turn, taken = Turn(), threading.Event()
-    turn.take()
+    turn, taken, model = Turn(), threading.Event(), models.wan()
+    turn.take(model)
 
     def other() -> None:
-        turn.take()
+        turn.take(model)
         taken.set()
 
     threading.Thread(target=other, daemon=True).start()
     assert taken.wait(timeout=30)
-    assert not turn.give()
+    assert not turn.is_held_here
+
+
+@pytest.mark.parametrize("how", ["interrupted", "recomputed"])
+def test_layers_past_their_forward_are_refused_also_after(how: str) -> None:
+    """A Ctrl-C leaves a forward without an end, and a checkpoint states of earlier ones."""
+    model = models.wan().train()
+    enable_draft_attention(model, sparsity=0.7)
+    if how == "recomputed":
+        model.enable_gradient_checkpointing()
+        loss_of(model, models.wan_inputs()).backward()
+    else:
+
+        def stop(*args: Any) -> None:
+            raise KeyboardInterrupt
+
+        hook = model.blocks[1].register_forward_pre_hook(stop)
+        with pytest.raises(KeyboardInterrupt):
+            run(model)
+        hook.remove()
+    with pytest.raises(RuntimeError, match="called outside of its transformer's forward"):
+        model.forward(**models.wan_inputs(grid=(3, 17, 13)))
+    assert torch.equal(run(model), run(fresh()))
+
+
+def test_ctrl_c_within_another_module_leaves_nothing_behind() -> None:
+    class Wrapper(torch.nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.inner = models.wan().eval()
+
+        def forward(self) -> Tensor:
+            with enable_draft_attention(self.inner, sparsity=0.7):
+                return run(self.inner)
+
+    wrapper = Wrapper()
+    expected = wrapper()
+
+    def stop(*args: Any) -> None:
+        raise KeyboardInterrupt
+
+    hook = wrapper.inner.blocks[1].register_forward_pre_hook(stop)
+    with pytest.raises(KeyboardInterrupt):
+        wrapper()
+    hook.remove()
+    assert torch.equal(wrapper(), expected)
 
 
 @pytest.mark.parametrize("how", ["export", "strict export", "trace"])
