@@ -162,19 +162,26 @@ class Attachment(StockWhenCopied):
         """
         check_not_exporting()
         self.forward.begin(module)
-        if not self.attached:  # another thread has disabled it, or put others in its place, while this one waited
-            self.forward.end()
-            if others := attachment_of(module):
-                others(module, args, kwargs)
-            return
         try:
+            if not self.attached:  # another thread has disabled it, or put others in its place, while this one waited
+                self._give_way(module, args, kwargs)
+                return
             self._learn(module, args, kwargs)
         except BaseException:
             self.forward.end()
+            self.forward.leave()
             raise
         # Behind all other hooks: the forward is not over while they run.
         hooks: Any = module._forward_hooks
         hooks.move_to_end(self._handles[-1].id)
+
+    def _give_way(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        """Leave the forward that begins to the settings that are in force by now, or to stock attention."""
+        if others := attachment_of(module):
+            self.forward.end()
+            others(module, args, kwargs)
+        else:  # it keeps its turn: nobody is to enable anything in the middle of it
+            _StockEnd(self.forward, module)
 
     def _learn(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         forward, inputs = self.forward, inputs_of(module, args, kwargs)
@@ -213,9 +220,14 @@ class Attachment(StockWhenCopied):
 
     def end(self, output: Any) -> None:
         """Count the calls of the forward that is over, and keep what its sparse ones left."""
-        if not self.forward.end(output):  # it failed before it began, or was no new one
-            return
-        self._count_calls(failed=output is None)
+        try:
+            if self.forward.end(output):  # not if it failed before it began, or was no new one
+                self._count_calls(failed=output is None)
+                self._go_on_with_outer()
+        finally:
+            self.forward.leave()
+
+    def _go_on_with_outer(self) -> None:
         outer = self._outer.pop()
         if self._outer:
             self._step, self._replaced = outer.step, outer.replaced
@@ -269,6 +281,21 @@ class _End(StockWhenCopied):
     @torch.compiler.disable
     def __call__(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
         self._attachment.end(output)
+
+
+class _StockEnd(StockWhenCopied):
+    """The forward hook of one forward with stock attention that had taken its turn."""
+
+    def __init__(self, forward: Forward, module: nn.Module) -> None:
+        self._forward = forward
+        self._handle = module.register_forward_hook(self, always_call=True)
+
+    @torch.compiler.disable
+    def __call__(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
+        if self._forward.turn.is_held_here:
+            self._handle.remove()
+            self._forward.end()
+            self._forward.leave()
 
 
 def attachment_of(transformer: nn.Module) -> Attachment | None:

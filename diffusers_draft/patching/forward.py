@@ -177,9 +177,12 @@ class Forward(LayerState):
         if again or outer.open:
             self.__dict__.update(outer.state.__dict__)
         self.open, self.again, self._ran = bool(self._outer), outer.again, outer.ran
+        return not again
+
+    def leave(self) -> None:
+        """Let other threads in, if this one is in no forward any more."""
         if not self._outer:
             self.turn.give()
-        return not again
 
     def _runs_here(self) -> bool:
         """Return True if this thread is in a forward of the transformer."""
