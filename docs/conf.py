@@ -1,0 +1,48 @@
+"""How Sphinx builds the pages of this folder: `make docs`."""
+
+import shutil
+from pathlib import Path
+
+import diffusers_draft
+
+HERE = Path(__file__).parent
+NOTEBOOKS = HERE / "notebooks"
+"""Copies, ignored by git: Sphinx reads nothing outside of its folder."""
+
+project = "diffusers-draft"
+author = "the authors of diffusers-draft"
+version = release = diffusers_draft.__version__
+html_title = f"{project} {version}"
+html_theme = "furo"
+html_static_path = ["_static"]
+html_css_files = ["pages.css"]
+html_copy_source = False
+extensions = ["myst_nb", "sphinx.ext.autodoc", "sphinx.ext.napoleon", "sphinx.ext.mathjax"]
+exclude_patterns = ["_build", "results"]
+
+# Pages and notebooks. Outputs are those that the notebooks store; the tests run them.
+nb_execution_mode = "off"
+myst_enable_extensions = ["dollarmath"]
+myst_heading_anchors = 3
+
+# Docstrings have the words of Markdown: one backtick is code.
+default_role = "code"
+autodoc_member_order = "bysource"
+autodoc_typehints = "none"
+napoleon_google_docstring = True
+napoleon_numpy_docstring = False
+napoleon_use_ivar = True
+napoleon_use_rtype = False
+add_module_names = False
+nitpicky = True
+
+
+def _bring_notebooks() -> None:
+    NOTEBOOKS.mkdir(exist_ok=True)
+    for path in sorted((HERE.parent / "notebooks").glob("*.ipynb")):
+        copy = NOTEBOOKS / path.name
+        if not copy.exists() or copy.read_bytes() != path.read_bytes():
+            shutil.copyfile(path, copy)
+
+
+_bring_notebooks()
