@@ -22,7 +22,7 @@ lint: $(VENV)/installed-dev
 	$(BIN)/mypy
 
 docs: $(VENV)/installed-docs
-	$(BIN)/python -m sphinx -W --keep-going -n -q docs docs/_build
+	$(BIN)/python -m sphinx -W --keep-going -n -q docs docs/_build/html
 
 bench: $(VENV)/installed-demo
 	$(BIN)/diffusers-draft bench attention

@@ -35,6 +35,7 @@ napoleon_use_ivar = True
 napoleon_use_rtype = False
 add_module_names = False
 nitpicky = True
+nitpick_ignore = [("py:class", "collections.abc.Iterable")]
 
 
 def _bring_notebooks() -> None:
