@@ -2,6 +2,11 @@
 
 import shutil
 from pathlib import Path
+from typing import Any
+
+import latex2mathml.converter
+from docutils import nodes
+from sphinx.application import Sphinx
 
 import diffusers_draft
 
@@ -17,7 +22,10 @@ html_theme = "furo"
 html_static_path = ["_static"]
 html_css_files = ["pages.css"]
 html_copy_source = False
-extensions = ["myst_nb", "sphinx.ext.autodoc", "sphinx.ext.napoleon", "sphinx.ext.mathjax"]
+html_show_copyright = False
+html_math_renderer = "mathml"
+highlight_language = "none"  # of blocks that name no language: commands and what they print
+extensions = ["myst_nb", "sphinx.ext.autodoc", "sphinx.ext.napoleon"]
 exclude_patterns = ["_build", "results"]
 
 # Pages and notebooks. Outputs are those that the notebooks store; the tests run them.
@@ -44,6 +52,21 @@ def _bring_notebooks() -> None:
         copy = NOTEBOOKS / path.name
         if not copy.exists() or copy.read_bytes() != path.read_bytes():
             shutil.copyfile(path, copy)
+
+
+def _write_formula(writer: Any, node: nodes.Element) -> None:
+    """Write a formula as MathML, which browsers show without scripts from elsewhere."""
+    formula = node.astext()
+    if isinstance(node, nodes.math):
+        writer.body.append(latex2mathml.converter.convert(formula))
+    else:
+        writer.body.append(f'<div class="formula">{latex2mathml.converter.convert(formula, display="block")}</div>')
+    raise nodes.SkipNode
+
+
+def setup(app: Sphinx) -> None:
+    """Register how formulas are written."""
+    app.add_html_math_renderer("mathml", (_write_formula, None), (_write_formula, None))
 
 
 _bring_notebooks()
