@@ -13,7 +13,7 @@ BIN = $(VENV)/bin
 demo: $(VENV)/installed-demo
 	$(BIN)/diffusers-draft demo --output out
 
-test: lint $(VENV)/installed-dev
+test: lint docs $(VENV)/installed-dev
 	$(BIN)/python -m pytest -n auto --cov
 
 lint: $(VENV)/installed-dev

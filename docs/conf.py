@@ -64,8 +64,15 @@ def _write_formula(writer: Any, node: nodes.Element) -> None:
     raise nodes.SkipNode
 
 
+def _read_page(app: Sphinx, name: str, text: list[str]) -> None:
+    """Turn links to files outside of this folder, as they are in the repository, into links to their pages."""
+    for path, page in {"../notebooks/": "notebooks/", "../CONTRIBUTING.md": "contributing.md"}.items():
+        text[0] = text[0].replace(f"]({path}", f"]({page}")
+
+
 def setup(app: Sphinx) -> None:
-    """Register how formulas are written."""
+    """Register how formulas are written and links are read."""
+    app.connect("source-read", _read_page)
     app.add_html_math_renderer("mathml", (_write_formula, None), (_write_formula, None))
 
 

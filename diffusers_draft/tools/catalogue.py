@@ -1,4 +1,4 @@
-"""README's table of models, and the facts in it that code does not need: pipelines, text handling, notes."""
+"""The table of models in docs/models.md, and the facts in it that code does not need: pipelines, text handling, notes."""
 
 import math
 from dataclasses import dataclass
@@ -8,7 +8,7 @@ from ..families import Family, families
 
 @dataclass(frozen=True)
 class Row:
-    """Facts about one transformer class for README's table.
+    """Facts about one transformer class for the table.
 
     Attributes:
         pipelines: names of the diffusers pipelines that use it.
