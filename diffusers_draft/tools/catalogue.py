@@ -1,4 +1,4 @@
-"""The table of models in docs/models.md, and the facts in it that code does not need: pipelines, text handling, notes."""
+"""The table in docs/models.md, and the facts in it that code does not need: pipelines, text handling, notes."""
 
 import math
 from dataclasses import dataclass
