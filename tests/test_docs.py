@@ -4,8 +4,11 @@ import ast
 import dataclasses
 import json
 import math
+import os
 import re
 import shlex
+import subprocess
+import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -23,8 +26,10 @@ PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", ROOT / "CHANGELOG.md", *s
 NOTEBOOKS = sorted((ROOT / "notebooks").glob("*.ipynb"))
 FENCE = re.compile(r"^```(?P<language>.*)\n(?P<text>(?:.*\n)*?)^```$", re.MULTILINE)
 
-NOT_RUN = {"init_process_group": "it needs two processes; tests/patching/test_parallel.py has them"}
-"""What a snippet holds that cannot run here -> why."""
+NOT_RUN: dict[str, str] = {}
+"""What a snippet holds that cannot run on a CPU -> why. All of them can."""
+IN_TWO_PROCESSES = "init_process_group"
+"""What a snippet holds that is started with torchrun."""
 
 
 class Snippet(NamedTuple):
@@ -54,7 +59,7 @@ class SmallPipeline(WanPipeline):
     """Makes small videos in few steps unless it is told otherwise, and offloads to where it runs."""
 
     def __call__(self, *args: Any, **options: Any) -> Any:
-        small = dict(height=64, width=96, num_frames=9, num_inference_steps=3)
+        small = dict(height=192, width=256, num_frames=9, num_inference_steps=3)  # four blocks and a half
         return super().__call__(*args, **small | options)
 
     def enable_model_cpu_offload(self, gpu_id: Any = None, device: Any = "cpu") -> None:
@@ -72,6 +77,7 @@ def handle_after_a_run(given: dict[str, Any]) -> Any:
     pipe = given["pipe"] = small_pipeline(given)  # a handle keeps no pipeline alive
     handle = enable_draft_attention(pipe, 0.8)
     pipe("a red circle")
+    assert handle.report().transformers[0].density < 1
     return handle
 
 
@@ -117,20 +123,44 @@ def eager_compile(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     torch._dynamo.reset()
 
 
+def run(snippet: Snippet, folder: Path) -> dict[str, Any]:
+    """Run a snippet, and return the names that it was given and those that it made."""
+    names: dict[str, Any] = {}
+    exec(compile(imports_before(snippet), snippet.name, "exec"), names)
+    found = [node for node in ast.walk(ast.parse(snippet.text)) if isinstance(node, ast.Name)]
+    made = {node.id for node in found if isinstance(node.ctx, ast.Store)}
+    given: dict[str, Any] = {"tmp_path": folder}
+    for name in GIVEN.keys() & {node.id for node in found} - made:
+        given.setdefault(name, GIVEN[name](given))
+    names |= given
+    code = "\n" * (snippet.line - 1) + snippet.text  # errors name the line of the page
+    exec(compile(code, str(snippet.page), "exec"), names)
+    return names
+
+
 @pytest.mark.parametrize("snippet", SNIPPETS, ids=[snippet.name for snippet in SNIPPETS])
 def test_snippet(snippet: Snippet, tmp_path: Path, eager_compile: None) -> None:
     for name, reason in NOT_RUN.items():
         if name in snippet.text:
             pytest.skip(reason)
-    names: dict[str, Any] = {}
-    exec(compile(imports_before(snippet), snippet.name, "exec"), names)
-    found = [node for node in ast.walk(ast.parse(snippet.text)) if isinstance(node, ast.Name)]
-    made = {node.id for node in found if isinstance(node.ctx, ast.Store)}
-    given: dict[str, Any] = {"tmp_path": tmp_path}
-    for name in GIVEN.keys() & {node.id for node in found} - made:
-        given.setdefault(name, GIVEN[name](given))
-    code = "\n" * (snippet.line - 1) + snippet.text  # errors name the line of the page
-    exec(compile(code, str(snippet.page), "exec"), names | given)
+    if IN_TWO_PROCESSES not in snippet.text:
+        run(snippet, tmp_path)
+        return
+    script = tmp_path / "script.py"
+    lines = [
+        "import pathlib, test_docs",
+        f"snippet = next(s for s in test_docs.SNIPPETS if s.name == {snippet.name!r})",
+        f"pipe = test_docs.run(snippet, pathlib.Path({str(tmp_path)!r}))['pipe']",
+        "with test_docs.enable_draft_attention(pipe) as handle:",
+        "    pipe('a red circle')",
+        "    assert handle.report().transformers[0].density < 1",
+        "test_docs.torch.distributed.destroy_process_group()",
+    ]
+    script.write_text("\n".join(lines))
+    paths = os.pathsep.join(map(str, (ROOT, ROOT / "tests")))
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", str(script)]
+    of_a_cpu = {"PYTHONPATH": paths, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
+    subprocess.run(command, check=True, env=os.environ | of_a_cpu, timeout=250)
 
 
 def test_what_is_not_run_is_on_a_page() -> None:
