@@ -206,7 +206,7 @@ def _line(cls: str, family: Family) -> str:
 
 
 def _dense(family: Family) -> str:
-    """List the steps and layers of a family that stay dense by default."""
+    """List the steps and layers of a family that stay dense with `schedule="paper"`."""
     steps = [] if math.isinf(family.dense_timestep) else [f"timestep > {family.dense_timestep:g}"]
     steps += [] if family.dense_steps is None else [f"first {family.dense_steps:.0%} of the steps"]
     return "; ".join([*steps, *map("`{}`".format, family.dense_layers)])
