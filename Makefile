@@ -8,18 +8,21 @@ TORCH ?= torch==2.13.0
 
 BIN = $(VENV)/bin
 
-.PHONY: demo test lint bench
+.PHONY: demo test lint docs bench
 
 demo: $(VENV)/installed-demo
 	$(BIN)/diffusers-draft demo --output out
 
-test: lint $(VENV)/installed-dev
+test: lint docs $(VENV)/installed-dev
 	$(BIN)/python -m pytest -n auto --cov
 
 lint: $(VENV)/installed-dev
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+
+docs: $(VENV)/installed-docs
+	$(BIN)/python -m sphinx -W --keep-going -n -q docs docs/_build/html
 
 bench: $(VENV)/installed-demo
 	$(BIN)/diffusers-draft bench attention

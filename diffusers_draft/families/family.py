@@ -98,7 +98,7 @@ class Family:
     """Everything that draft attention needs to know about one transformer class.
 
     Attributes:
-        name: the name in the report and in README.
+        name: the name in the report and in the table of models.
         layers: module paths of the video self-attention layers with `*` for the index, in execution order.
         processors: class names of their stock processors, which must end in `dispatch_attention_fn` or
             `F.scaled_dot_product_attention`.

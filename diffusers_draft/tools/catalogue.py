@@ -1,4 +1,4 @@
-"""README's table of models, and the facts in it that code does not need: pipelines, text handling, notes."""
+"""The table in docs/models.md, and the facts in it that code does not need: pipelines, text handling, notes."""
 
 import math
 from dataclasses import dataclass
@@ -8,7 +8,7 @@ from ..families import Family, families
 
 @dataclass(frozen=True)
 class Row:
-    """Facts about one transformer class for README's table.
+    """Facts about one transformer class for the table.
 
     Attributes:
         pipelines: names of the diffusers pipelines that use it.
@@ -206,7 +206,7 @@ def _line(cls: str, family: Family) -> str:
 
 
 def _dense(family: Family) -> str:
-    """List the steps and layers of a family that stay dense by default."""
+    """List the steps and layers of a family that stay dense with `schedule="paper"`."""
     steps = [] if math.isinf(family.dense_timestep) else [f"timestep > {family.dense_timestep:g}"]
     steps += [] if family.dense_steps is None else [f"first {family.dense_steps:.0%} of the steps"]
     return "; ".join([*steps, *map("`{}`".format, family.dense_layers)])

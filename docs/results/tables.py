@@ -1,6 +1,6 @@
-"""Print the tables of speed of README, or with `--full` of docs/speed.md, from the records in this folder.
+"""Print the tables of docs/benchmarks.md, or with `--full` all of docs/speed.md, from the records in this folder.
 
-`python docs/results/tables.py [--full] [--plot FILE] [--plot-error FILE]`, where the files get the pictures of README.
+`python docs/results/tables.py [--full] [--plot FILE] [--plot-error FILE]`, where the files get the page's pictures.
 """
 
 import argparse
@@ -28,7 +28,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     Args:
         argv: the arguments without the script's name; by default those of the process.
     """
-    parser = argparse.ArgumentParser(description="Prints the recorded results as README shows them.")
+    parser = argparse.ArgumentParser(description="Prints the recorded results as docs/benchmarks.md shows them.")
     parser.add_argument("--full", action="store_true", help="every row, as docs/speed.md shows them")
     parser.add_argument("--plot", type=Path, metavar="FILE", help="draw the recorded sweep of sparsities to this file")
     parser.add_argument("--plot-error", type=Path, metavar="FILE", help="draw its errors over the time to this file")
@@ -43,7 +43,7 @@ def main(argv: Sequence[str] | None = None) -> None:
 def speed_section() -> str:
     """Return one line for each attention shape and each model, against the best dense attention of the same run.
 
-    In Markdown: what README holds.
+    In Markdown: what `docs/benchmarks.md` holds.
     """
     records = _records()
     lines = [

@@ -23,7 +23,7 @@ from diffusers_draft.patching.schedule import schedule_for
 from diffusers_draft.schedules import SCHEDULES
 
 MEAN_ERROR = 1e-9
-README = Path(__file__).parents[2] / "README.md"
+OPTIONS = Path(__file__).parents[2] / "docs" / "options.md"
 
 
 def densities(
@@ -345,7 +345,7 @@ def test_a_transformer_alone_goes_by_its_timestep() -> None:
 
 
 @pytest.mark.parametrize(("shift", "reached"), [(3.0, 0.31), (5.0, 0.37)])
-def test_a_transformer_alone_is_denser_under_a_shift_as_the_readme_says(shift: float, reached: float) -> None:
+def test_a_transformer_alone_is_denser_under_a_shift_as_the_options_say(shift: float, reached: float) -> None:
     scheduler = FlowMatchEulerDiscreteScheduler(shift=shift)
     scheduler.set_timesteps(50)
     for name, expected in {"falling": reached, "constant": 0.2}.items():
@@ -353,7 +353,7 @@ def test_a_transformer_alone_is_denser_under_a_shift_as_the_readme_says(shift: f
         schedule = schedule_for(model, family_of(model), DraftConfig(schedule=name))
         found = [1 - schedule.at(None, timestep).sparsity for timestep in scheduler.timesteps]
         assert round(mean(found), 2) == expected
-    assert f"{reached} with shift {shift:g}" in " ".join(README.read_text().split())
+    assert f"{reached} with shift {shift:g}" in " ".join(OPTIONS.read_text().split())
 
 
 @pytest.mark.parametrize("name", TINY)
