@@ -20,11 +20,17 @@ import models
 import torch
 import torch.distributed as dist
 from accelerate.hooks import ModelHook, add_hook_to_module, remove_hook_from_module
-from diffusers import ContextParallelConfig, HunyuanVideoTransformer3DModel, WanTransformer3DModel
+from diffusers import (
+    ContextParallelConfig,
+    FlowMatchEulerDiscreteScheduler,
+    HunyuanVideoTransformer3DModel,
+    WanTransformer3DModel,
+)
 from models import TINY, Grid, build
 from paper import enable_draft_attention
 from torch import Tensor
 
+import diffusers_draft
 from diffusers_draft import enable_parallelism
 from diffusers_draft.attention.ops import Attended
 from diffusers_draft.attention.ranks import operators as ulysses_ops
@@ -111,6 +117,24 @@ def _select(select: Callable[..., Any], kept: list[Tensor], *args: Any) -> Any:
     mask = select(*args)
     kept.append(mask.to_dense())
     return mask
+
+
+def with_feedback(name: str, grid: Grid, splitting: bool) -> tuple[list[Tensor], list[float]]:
+    """The outputs of a run of six steps whose density follows the errors, and the densities."""
+    model = BUILD[name]()
+    loop = models.Loop(FlowMatchEulerDiscreteScheduler(), transformer=model)
+    handle = diffusers_draft.enable_draft_attention(loop, max_error=0.04, tile=(1, 4, 4), probes=16)
+    if splitting:
+        split(model)
+    outputs = []
+    for _ in range(2):
+        loop.scheduler.set_timesteps(6)
+        for timestep in loop.scheduler.timesteps:
+            inputs = INPUTS[name](1, grid) | {"timestep": timestep.expand(1)}
+            with torch.no_grad():
+                outputs.append(model(**inputs, return_dict=False)[0])
+            loop.scheduler.step(torch.zeros(1), timestep, torch.zeros(1))
+    return outputs, [forward.asked for forward in handle.report().transformers[0].run]
 
 
 def disabled_again(name: str, grid: Grid) -> Outcome:

@@ -152,14 +152,14 @@ def test_graphs(name: str, way: str, order: str) -> None:
         assert handle.report().transformers[0].grid == grid
 
 
-def run_with_defaults(name: str, way: str, schedule: str) -> tuple[list[int], TransformerReport]:
+def run_corrected(name: str, way: str, **options: Any) -> tuple[list[int], TransformerReport]:
     """Graphs after each of eight steps with correction, whose outputs equal eager ones, and the report."""
     torch._dynamo.reset()
     counters.clear()
     make, inputs = MODELS[name]
     eager, transformer = make(), make()
     loops = [loop_of_eight_steps(model) for model in (eager, transformer)]
-    handles = [diffusers_draft.enable_draft_attention(loop, 0.7, schedule=schedule) for loop in loops]
+    handles = [diffusers_draft.enable_draft_attention(loop, **options) for loop in loops]
     outputs = list(denoise(loops[0].scheduler, eager, inputs(2)))
     compiled = WAYS[way](transformer, backend="eager")
     counted = []
@@ -177,14 +177,22 @@ def run_with_defaults(name: str, way: str, schedule: str) -> tuple[list[int], Tr
 def test_a_falling_schedule_compiles_nothing_more(name: str, way: str) -> None:
     """Nor do other rows in every step: one graph for each kind of block, all in the first step."""
     stock = stock_graphs(name, way)
-    constant, flat = run_with_defaults(name, way, "constant")
-    falling, report = run_with_defaults(name, way, "falling")
+    constant, flat = run_corrected(name, way, sparsity=0.7, schedule="constant")
+    falling, report = run_corrected(name, way, sparsity=0.7)
     assert falling == constant == [stock[0]] * 8
     asked = [forward.asked for forward in report.run]
     assert len(set(asked)) == 8 and len({forward.asked for forward in flat.run}) == 1
     assert [forward.step for forward in report.run] == list(range(8))
     assert len({forward.density for forward in report.run}) > 1
     assert report.error is not None and report.error.after < report.error.before
+
+
+@pytest.mark.parametrize("way", ["regional", "in place"])
+def test_densities_that_follow_errors_compile_nothing_more(way: str) -> None:
+    constant, _ = run_corrected("wan", way, sparsity=0.7, schedule="constant", tile=(1, 4, 4), probes=16)
+    graphs_of_each, report = run_corrected("wan", way, max_error=0.05, tile=(1, 4, 4), probes=16)
+    assert graphs_of_each == constant
+    assert len({forward.asked for forward in report.run}) == 8
 
 
 def test_layers_share_their_graph() -> None:

@@ -7,6 +7,7 @@ from typing import Any
 import models
 import pytest
 import torch
+from diffusers import FirstBlockCacheConfig, FlowMatchEulerDiscreteScheduler
 from hypothesis import given
 from hypothesis import strategies as st
 from models import run_wan
@@ -237,3 +238,89 @@ def test_the_same_seed_gives_the_same_video(usual_error: float) -> None:
         with enable_draft_attention(pipe, max_error=usual_error, tile=TILE, probes=16):
             videos.append(run_wan(pipe, steps=6, grid=FINE))
     assert torch.equal(*videos)
+
+
+@pytest.mark.parametrize("steps", [1, 2, 4])
+def test_short_runs_settle_from_run_to_run(steps: int, usual_error: float) -> None:
+    pipe, target = models.wan_pipeline(), 1.3 * usual_error
+    with enable_draft_attention(pipe, max_error=target, tile=TILE, probes=16) as handle:
+        for _ in range(4):
+            run_wan(pipe, steps=steps, grid=FINE)
+        assert reached(handle)[0] == pytest.approx(target, rel=0.25)
+
+
+def test_two_experts_are_one_run(usual_error: float) -> None:
+    pipe = models.wan_pipeline(models.wan(), transformer_2=models.wan(seed=1), boundary_ratio=0.9)
+    with enable_draft_attention(pipe, max_error=usual_error, tile=TILE, probes=16) as handle:
+        for _ in range(2):
+            run_wan(pipe, steps=12, grid=FINE)
+        report = handle.report()
+        assert all(transformer.run for transformer in report.transformers)
+        assert reached(handle)[0] == pytest.approx(usual_error, rel=0.15)
+
+
+def test_a_run_that_begins_in_the_middle(usual_error: float) -> None:
+    """Video to video: its steps are the run."""
+    model = models.wan()
+    loop = models.Loop(FlowMatchEulerDiscreteScheduler(), transformer=model)
+    with enable_draft_attention(loop, max_error=usual_error, tile=TILE, probes=16) as handle, torch.no_grad():
+        for _ in range(2):
+            loop.scheduler.set_timesteps(20)
+            loop.scheduler.set_begin_index(10)
+            for timestep in loop.scheduler.timesteps[10:]:
+                model(**models.wan_inputs(1, FINE) | {"timestep": timestep.expand(1)})
+                loop.scheduler.step(torch.zeros(1), timestep, torch.zeros(1))
+        error, densities = reached(handle)
+    assert len(densities) == 10
+    assert error == pytest.approx(usual_error, rel=0.15) or max(densities[2:]) == min(densities[2:])
+
+
+def test_a_cache_that_skips_layers(usual_error: float) -> None:
+    pipe = models.wan_pipeline()
+    pipe.transformer.enable_cache(FirstBlockCacheConfig(threshold=1e6))
+    with enable_draft_attention(pipe, max_error=usual_error, tile=TILE, probes=16) as handle:
+        run_wan(pipe, steps=8, grid=FINE)
+        report = handle.report().transformers[0]
+    assert report.skipped_calls > 0 and 0 < report.error.after < 1
+
+
+def test_a_layer_whose_output_is_not_finite_is_left_out_of_the_decision() -> None:
+    densities = []
+    for broken in (False, True):
+        model = models.wan(num_layers=4)
+        if broken:
+            model.blocks[3].attn1.to_v.weight.data[0] = torch.nan
+        loop = models.Loop(FlowMatchEulerDiscreteScheduler(), transformer=model)
+        with enable_draft_attention(loop, max_error=0.05, tile=TILE, probes=16) as handle, torch.no_grad():
+            loop.scheduler.set_timesteps(6)
+            for timestep in loop.scheduler.timesteps:
+                model(**models.wan_inputs(1, FINE) | {"timestep": timestep.expand(1)})
+                loop.scheduler.step(torch.zeros(1), timestep, torch.zeros(1))
+            report = handle.report().transformers[0]
+        assert math.isnan(report.error.after) == broken
+        densities.append([forward.asked for forward in report.run])
+    assert all(0 < density < 1 for density in densities[1][LAG:])
+
+
+def test_a_video_of_which_nothing_can_be_skipped() -> None:
+    pipe = models.wan_pipeline()
+    with enable_draft_attention(pipe, max_error=0.05) as handle:
+        run_wan(pipe, steps=3, grid=(1, 8, 8))
+        report = handle.report().transformers[0]
+    assert report.error.after == 0 and report.density == 1
+    assert "it takes two to skip a pair" in report.nothing_skipped
+
+
+def test_a_transformer_alone_goes_by_what_it_has_measured(usual_error: float) -> None:
+    model = models.wan()
+    with enable_draft_attention(model, max_error=usual_error, tile=TILE, probes=16) as handle, torch.no_grad():
+        for _ in range(3):
+            for step in range(20):
+                model(**models.wan_inputs(1, FINE, timestep=1000 - 50 * step))
+        run = handle.report().transformers[0].run[-20:]
+    assert mean([forward.error.after for forward in run]) == pytest.approx(usual_error, rel=0.25)
+
+
+def test_settled_sparsity_needs_a_run() -> None:
+    with pytest.raises(RuntimeError, match="No sparse step ran yet: run the pipeline once"):
+        enable_draft_attention(models.wan(), max_error=0.05).settled_sparsity()

@@ -10,7 +10,7 @@ import torch
 from diffusers import ContextParallelConfig
 from launch import Pool, pool
 from models import FLOAT32_ERROR, RAGGED, TINY, Grid, error
-from ranks import HALF, SPARSE, Outcome, baseline, how, outcome
+from ranks import HALF, SPARSE, Outcome, baseline, how, outcome, with_feedback
 from torch import Tensor
 
 from diffusers_draft import enable_parallelism
@@ -55,6 +55,19 @@ def test_as_in_one_process(pool: Pool, name: str, ranks: int, draft: Any) -> Non
     expected = outcome(*case)
     assert bool(expected[1]) == (draft not in (DENSE_STEP, None))
     check(pool.run(ranks, "outcome", *case, "before"), expected)
+
+
+@pytest.mark.parametrize("name", ["wan 4 heads", "hunyuan_video 4 heads"])
+def test_ranks_follow_the_errors_of_all_heads(pool: Pool, name: str) -> None:
+    """As one process does, which sees all heads: every rank alike, or they would wait for each other for ever."""
+    case = (name, (3, 24, 32))
+    outputs, densities = with_feedback(*case, False)
+    assert len(set(densities)) > 3
+    for rank in pool.run(2, "with_feedback", *case, True):
+        if isinstance(rank, Exception):
+            raise rank
+        assert rank[1] == pytest.approx(densities, abs=1e-4)
+        assert all(error(found, right) < FLOAT32_ERROR for found, right in zip(rank[0], outputs, strict=True))
 
 
 SPLIT = [name for name, family in families().items() if not isinstance(family.split, Refusal)]
