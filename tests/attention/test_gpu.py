@@ -219,6 +219,35 @@ def test_at_sparsity_0_correction_changes_nothing(backend):
     assert torch.equal(found, draft_attention(query, key, value, (2, 22, 40), **options))
 
 
+def test_the_errors_that_densities_follow_are_read_back_without_waiting(monkeypatch):
+    from models import run_wan, wan, wan_pipeline
+
+    from diffusers_draft import enable_draft_attention
+
+    pipe = wan_pipeline(wan().to(torch.bfloat16)).to(DEVICE)
+    call = type(pipe.transformer).__call__
+
+    def watched(*args, **kwargs):
+        torch.cuda.set_sync_debug_mode("error")
+        try:
+            return call(*args, **kwargs)
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+
+    with enable_draft_attention(pipe, max_error=0.05, tile=(1, 8, 8), probes=16, backend="triton") as handle:
+        texts = {
+            name: torch.randn(1, 7, 8, device=DEVICE, dtype=torch.bfloat16)
+            for name in ("prompt_embeds", "negative_prompt_embeds")
+        }
+        for watching in (False, True):  # kernels are chosen and compiled first
+            if watching:
+                monkeypatch.setattr(type(pipe.transformer), "__call__", watched)
+            run_wan(pipe, steps=8, grid=(3, 24, 32), **texts)
+        report = handle.report().transformers[0]
+    assert len({forward.asked for forward in report.run}) > 4
+    assert report.error.after < 0.1
+
+
 @pytest.mark.parametrize("backend", FUSED_BACKENDS)
 def test_a_compiled_transformer_is_one_graph_a_block(backend):
     from models import error, hunyuan_video, hunyuan_video_inputs
