@@ -1,10 +1,12 @@
-"""Print the tables of docs/benchmarks.md, or with `--full` all of docs/speed.md, from the records in this folder.
+"""Print the tables of docs/benchmarks.md, of docs/speed.md or of README, from the records in this folder.
 
-`python docs/results/tables.py [--full] [--plot FILE] [--plot-error FILE]`, where the files get the page's pictures.
+`python docs/results/tables.py [--full | --readme] [--plot FILE] [--plot-error FILE]`: the files get the pictures.
 """
 
 import argparse
 import json
+import statistics
+import textwrap
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -16,6 +18,17 @@ from diffusers_draft.tools.bench.pictures import plot, plot_error
 from diffusers_draft.tools.bench.step import NO_ATTENTION, NOT_DENSE, ONE_GPU
 
 RECORDS = Path(__file__).parent / "bench"
+FIDELITY = Path(__file__).parent / "fidelity" / "defaults.json"
+README_RUNS = {
+    "hunyuan-13b-768p": "HunyuanVideo 13B, 768p",
+    "hunyuan-13b-720p": "HunyuanVideo 13B, 720p",
+    "wan-14b-768p": "Wan 2.1 14B, 768p",
+    "wan-14b-480p": "Wan 2.1 14B, 480p",
+}
+"""Models whose runs README shows, and their names there."""
+FIRST_EDITION = "sparsity=0.9,schedule=paper,score=mass,probes=0,budget=row,tile=2x8x8"
+DEFAULT = "sparsity=0.8,schedule=falling,score=value,probes=64,budget=row,tile=4x4x8"
+"""Settings of the study of fidelity that README compares."""
 SWEEP = "hunyuan-768p"
 """The record of many sparsities, which the pictures are drawn from."""
 SHOWN = (0.75, 0.8, 0.9)
@@ -29,15 +42,44 @@ def main(argv: Sequence[str] | None = None) -> None:
         argv: the arguments without the script's name; by default those of the process.
     """
     parser = argparse.ArgumentParser(description="Prints the recorded results as docs/benchmarks.md shows them.")
+    parser.add_argument("--readme", action="store_true", help="the few rows that README shows")
     parser.add_argument("--full", action="store_true", help="every row, as docs/speed.md shows them")
     parser.add_argument("--plot", type=Path, metavar="FILE", help="draw the recorded sweep of sparsities to this file")
     parser.add_argument("--plot-error", type=Path, metavar="FILE", help="draw its errors over the time to this file")
     options = parser.parse_args(argv)
-    print(speed_page() if options.full else speed_section())
+    print(speed_page() if options.full else readme_section() if options.readme else speed_section())
     if options.plot:
         plot_sweep(options.plot, plot)
     if options.plot_error:
         plot_sweep(options.plot_error, plot_error)
+
+
+def readme_section() -> str:
+    """Return README's numbers in Markdown: a row for each whole run, and what the same settings cost in fidelity."""
+    runs = {record["model"]: record["runs"] for record in _records().values() if "runs" in record}
+    lines = ["| Whole run, compiled, one H200 | best dense attention | draft attention | |", "|---|---|---|---|"]
+    for model, name in README_RUNS.items():
+        dense, draft = (_seconds(runs[model], start) for start in ("dense", "draft 0.8"))
+        lines.append(f"| {name} | {dense:.0f} s | {draft:.0f} s | **{dense / draft:.2f}x** |")
+    (pairs, psnr), (pairs_before, psnr_before) = (_fidelity(setting) for setting in (DEFAULT, FIRST_EDITION))
+    cost = (
+        f"With the demo's model (64 captions, three grids) the same settings compute {pairs:.0%} of all pairs of blocks, "
+        f"and their videos have a PSNR of {psnr:.1f} dB against the dense ones; those of 0.1 computed {pairs_before:.0%} "
+        f"for {psnr_before:.1f} dB."
+    )
+    return "\n".join([*lines, "", *textwrap.wrap(cost, 118)])
+
+
+def _seconds(runs: list[dict[str, Any]], start: str) -> float:
+    return next(run["seconds"] for run in runs if run["name"].startswith(start))
+
+
+def _fidelity(setting: str) -> tuple[float, float]:
+    """Return the share of pairs that a setting computes, and the PSNR of its videos, means of the grids."""
+    settings = json.loads(FIDELITY.read_text())["settings"]
+    grids = [one for one in settings if one["setting"] == setting and one["steps"] == 14]
+    psnr = [statistics.mean(clip[1] for clip in one["clips"]) for one in grids]
+    return statistics.mean(one["computed"] for one in grids), statistics.mean(psnr)
 
 
 def speed_section() -> str:
