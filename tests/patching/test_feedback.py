@@ -1,21 +1,17 @@
 """`max_error`: the curve that is fitted, what it decides, and what whole runs arrive at."""
 
 import math
-import threading
 from collections.abc import Callable
 from typing import Any
 
 import models
 import pytest
 import torch
-from diffusers import FlowMatchEulerDiscreteScheduler, WanPipeline
 from hypothesis import given
 from hypothesis import strategies as st
-from models import RAGGED, TINY, run_wan
-from torch import Tensor
+from models import run_wan
 
 from diffusers_draft import DraftHandle, enable_draft_attention
-from diffusers_draft.patching import feedback as module
 from diffusers_draft.patching.error_curve import ErrorCurve, Point
 from diffusers_draft.patching.feedback import LAG, USUAL, Feedback, Reading
 from diffusers_draft.schedules import constant, falling
