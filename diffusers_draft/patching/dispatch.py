@@ -116,7 +116,9 @@ def _hooked(
 
 
 def _noted(state: LayerState, kv_len: Tensor | None, attended: Attended) -> Tensor:
-    """Keep what was computed in the layer's record."""
+    """Keep what was computed in the layer's record. On the meta device nothing was."""
+    if attended.pairs.device.type == "meta":
+        return attended.out
     state.layer.ran = "sparse"
     state.layer.call = SparseCall(kv_len, attended.pairs, attended.squares, attended.facts)
     return attended.out

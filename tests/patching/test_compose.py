@@ -156,6 +156,57 @@ def test_mixed_precision_of_accelerate() -> None:
 
 
 @pytest.mark.parametrize("name", ["wan", "hunyuan_video"])
+def test_a_model_in_float64(name: str) -> None:
+    tiny = models.TINY[name]
+    model = tiny.build().double()
+    inputs = {key: value.double() if value.is_floating_point() else value for key, value in tiny.inputs(2).items()}
+    stock = run(model, inputs)
+    with enable_draft_attention(model, sparsity=0):
+        draft = run(model, inputs)
+    assert draft.dtype is stock.dtype is torch.float64
+    assert error(draft, stock) < 1e-12
+
+
+@pytest.mark.parametrize("schedule", ["falling", "constant"])
+@pytest.mark.parametrize("name", ["wan", "hunyuan_video", "CosmosTransformer3DModel"])
+def test_shapes_of_a_model_on_the_meta_device(name: str, schedule: Any) -> None:
+    tiny = models.TINY[name]
+    model = tiny.build().to("meta")
+    inputs = {key: value.to("meta") if isinstance(value, Tensor) else value for key, value in tiny.inputs(2).items()}
+    stock = run(model, inputs)
+    handle = enable_draft_attention(model, schedule=schedule)
+    draft = run(model, inputs)
+    assert (draft.shape, draft.dtype, draft.device) == (stock.shape, stock.dtype, stock.device)
+    assert "no sparse call yet" in str(handle.report())
+
+
+def test_a_model_on_the_meta_device_whose_video_is_in_the_values_of_its_inputs() -> None:
+    tiny = models.TINY["LTXVideoTransformer3DModel conditions"]
+    model = tiny.build().to("meta")
+    inputs = {key: value.to("meta") if isinstance(value, Tensor) else value for key, value in tiny.inputs(2).items()}
+    enable_draft_attention(model)
+    with pytest.raises(ValueError, match=r"on the meta device an input has no values\. Disable it"):
+        run(model, inputs)
+
+
+@pytest.mark.parametrize("name", ["wan", "hunyuan_video"])
+def test_default_dtype(name: str) -> None:
+    tiny = models.TINY[name]
+    model, fresh, inputs = tiny.build(), tiny.build(), tiny.inputs(2)
+    enable_draft_attention(model, probes=16)
+    expected = run(model, inputs)
+    kernels.choose.cache_clear()
+    torch.set_default_dtype(torch.float64)
+    try:
+        enable_draft_attention(fresh, probes=16)
+        found = run(fresh, inputs)
+    finally:
+        torch.set_default_dtype(torch.float32)
+    assert found.dtype is torch.float32
+    assert error(found, expected) < models.FLOAT32_ERROR
+
+
+@pytest.mark.parametrize("name", ["wan", "hunyuan_video"])
 def test_default_device(name: str) -> None:
     tiny = models.TINY[name]
     model, fresh, inputs = tiny.build(), tiny.build(), tiny.inputs(2)
