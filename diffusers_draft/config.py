@@ -6,8 +6,6 @@ from dataclasses import dataclass, replace
 from numbers import Integral
 from typing import Any, Literal
 
-from torch import Tensor
-
 from .attention.method import NAMES, Method, check_sparsity, is_number
 from .schedules import SCHEDULES
 
@@ -135,8 +133,8 @@ def _layer_indices(layers: Iterable[int]) -> tuple[int, ...]:
     try:
         if isinstance(layers, (Mapping, bytes, bytearray)):
             raise TypeError
-        # Elements of bool tensors are not bools.
-        layers = tuple(layers.tolist() if isinstance(layers, Tensor) else layers)
+        # Elements of a bool tensor are not bools.
+        layers = tuple(layers.tolist() if hasattr(layers, "tolist") else layers)
         indices = sorted({-1 if isinstance(layer, bool) else operator.index(layer) for layer in layers})
     except TypeError:
         indices = [-1]

@@ -4,8 +4,8 @@ import contextlib
 import functools
 import io
 import os
-import runpy
 import re
+import runpy
 import signal
 import subprocess
 import sys
