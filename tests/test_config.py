@@ -273,6 +273,29 @@ def test_scale_may_be_any_real_number(scale):
     assert torch.equal(draft_attention(*tensors, GRID, scale=scale), draft_attention(*tensors, GRID, scale=0.25))
 
 
+@pytest.mark.parametrize("dtype", [torch.float8_e4m3fn, torch.float8_e5m2], ids=str)
+def test_float8_tensors_are_refused(dtype):
+    with pytest.raises(ValueError, match=rf"must be float64, .* or bfloat16, got {dtype}\. Cast them\."):
+        draft_attention(*[tokens().to(dtype)] * 3, GRID)
+
+
+def test_flex_refuses_float64():
+    with pytest.raises(RuntimeError, match=r"'flex' needs float32, float16 or bfloat16, got torch.float64\. Choose"):
+        draft_attention(*[tokens(dtype=torch.float64)] * 3, GRID, backend="flex")
+
+
+@pytest.mark.parametrize("grid", [(10**30, 1, 1), (True, 8, 16)], ids=str)
+def test_a_grid_that_no_tensor_has_is_refused(grid):
+    with pytest.raises(ValueError, match=r"grid must be \(T, Y, X\): .* below 2\*\*31, got"):
+        draft_attention(tokens(), tokens(), tokens(), grid)
+
+
+@pytest.mark.parametrize("prefix", [10**30, False, True])
+def test_a_prefix_that_is_no_position_is_refused(prefix):
+    with pytest.raises(ValueError, match=r"prefix is .* below 2\*\*31, got"):
+        draft_attention(tokens(), tokens(), tokens(), GRID, prefix=prefix)
+
+
 def test_sparse_and_nested_tensors_are_refused():
     with pytest.raises(
         ValueError, match=r"must be dense torch tensors, got torch.sparse_coo\. Pad it, or use to_dense"
