@@ -2,6 +2,10 @@
 
 import sys
 
-from .cli import main
+try:
+    from .cli import main
 
-sys.exit(main())
+    sys.exit(main())
+except KeyboardInterrupt:  # before `main` runs, or when it is over
+    sys.stderr.write("diffusers-draft: stopped\n")
+    sys.exit(130)

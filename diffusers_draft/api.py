@@ -24,7 +24,8 @@ class DraftHandle:
     """Draft attention in a pipeline or transformer; also a context manager.
 
     Leaving the context restores what enabling replaced: the stock attention, or the settings of an outer context. It
-    changes nothing if something else has replaced or disabled these settings meanwhile.
+    changes nothing if something else has replaced or disabled these settings meanwhile. Entering it when that has
+    happened is a `RuntimeError`.
 
     Attributes:
         config: the settings in force.
@@ -86,6 +87,11 @@ class DraftHandle:
             yield
 
     def __enter__(self) -> "DraftHandle":
+        if not all(attachment.attached for attachment in self._attachments.values()):
+            raise RuntimeError(
+                "This handle's settings are not in force any more: they were disabled or replaced. Call "
+                "enable_draft_attention again and enter the handle that it returns."
+            )
         return self
 
     def __exit__(self, *exception: object) -> None:
@@ -93,7 +99,8 @@ class DraftHandle:
             in_force = [attachment.transformer() for attachment in self._attachments.values() if attachment.attached]
             self.disable()
             for old in self._replaced:
-                if not old.given_up and any(old.transformer() is transformer for transformer in in_force):
+                transformer = old.transformer()
+                if transformer is not None and not old.given_up and any(transformer is other for other in in_force):
                     old.attach()
 
 
@@ -139,7 +146,7 @@ def enable_draft_attention(
 
     Raises:
         TypeError: if `pipe` has no transformer that draft attention knows; the message lists those it knows, or
-            says why draft attention does not apply.
+            says why draft attention does not apply. If `config` is not a `DraftConfig`.
         ValueError: if an option is out of range, the model's config makes its attention something else, or an
             attention layer has a processor that is not the stock one.
         ImportError: if the chosen backend's package is missing.
@@ -147,6 +154,8 @@ def enable_draft_attention(
             cannot follow; the message says what to do.
         RuntimeError: if called in a forward of the transformer. Those of other threads are waited for.
     """
+    if config is not None and not isinstance(config, DraftConfig):
+        raise TypeError(f"config must be a DraftConfig, got {config!r}. Make one, as in DraftConfig(sparsity=0.8).")
     given = DraftConfig(
         sparsity=sparsity,
         max_error=max_error,
@@ -160,9 +169,9 @@ def enable_draft_attention(
         dense_layers=dense_layers,
         backend=backend,
     )
-    if config is not None and given != DraftConfig():
+    if config is not None and (sparsity is not None or given != DraftConfig()):
         raise ValueError("Pass either config or single options, not both.")
-    config = config or given
+    config = given if config is None else config
 
     found = known_transformers(pipe)
     clocks: dict[str, tuple[Clock, Schedule]] = {}

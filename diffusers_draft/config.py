@@ -1,13 +1,12 @@
 """All options and their checks."""
 
-import math
 import operator
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
-from numbers import Integral, Real
+from numbers import Integral
 from typing import Any, Literal
 
-from .attention.method import NAMES, Method, check_sparsity
+from .attention.method import NAMES, Method, check_sparsity, is_number
 from .schedules import SCHEDULES
 
 SPARSITY = 0.8
@@ -62,8 +61,8 @@ class DraftConfig(Method):
         super().__post_init__()
         if self.dense_steps is not None:
             object.__setattr__(self, "dense_steps", _share(self.dense_steps))
-        if self.dense_timestep is not None and not _is_number(self.dense_timestep):
-            raise ValueError(f"dense_timestep must be a number, got {self.dense_timestep!r}.")
+        if self.dense_timestep is not None and not is_number(self.dense_timestep):
+            raise ValueError(f"dense_timestep must be a number that a float can hold, got {self.dense_timestep!r}.")
         if self.dense_layers is not None:
             object.__setattr__(self, "dense_layers", _layer_indices(self.dense_layers))
 
@@ -80,7 +79,7 @@ class DraftConfig(Method):
             raise ValueError(
                 f"Give sparsity or max_error, not both, got sparsity={self.sparsity!r}, max_error={self.max_error!r}."
             )
-        if not _is_number(self.max_error) or not 0 < self.max_error < 1:
+        if not is_number(self.max_error) or not 0 < self.max_error < 1:
             raise ValueError(f"max_error is a relative error and must be in (0, 1), got {self.max_error!r}.")
 
     @property
@@ -119,14 +118,10 @@ def parse_share(text: str) -> float:
     return int(text) if text.strip().isdecimal() else float(text)
 
 
-def _is_number(value: Any) -> bool:
-    return not isinstance(value, bool) and isinstance(value, (float, Real)) and not math.isnan(value)
-
-
 def _share(steps: Any) -> float:
     # A whole number may mean so many steps; 0 is the same either way.
     counts_steps = isinstance(steps, Integral) and steps != 0
-    if not _is_number(steps) or counts_steps or not 0 <= steps <= 1:
+    if not is_number(steps) or counts_steps or not 0 <= steps <= 1:
         raise ValueError(
             f"dense_steps is a share of the run and must be in [0, 1], got {steps!r}. For one step of 50 give 0.02, "
             "for all of them 1.0."
@@ -136,7 +131,10 @@ def _share(steps: Any) -> float:
 
 def _layer_indices(layers: Iterable[int]) -> tuple[int, ...]:
     try:
-        layers = tuple(layers)
+        if isinstance(layers, (Mapping, bytes, bytearray)):
+            raise TypeError
+        # Elements of a bool tensor are not bools.
+        layers = tuple(layers.tolist() if hasattr(layers, "tolist") else layers)
         indices = sorted({-1 if isinstance(layer, bool) else operator.index(layer) for layer in layers})
     except TypeError:
         indices = [-1]

@@ -1,5 +1,7 @@
 import dataclasses
 import inspect
+import math
+from fractions import Fraction
 
 import numpy as np
 import pytest
@@ -23,12 +25,15 @@ OPTIONS_OF_BOTH = [
     ({"sparsity": torch.tensor(0.5)}, r"sparsity must be in \[0, 1\), got tensor\(0.5"),
     ({"score": "values"}, "Unknown score 'values'. Expected one of 'value', 'mass'"),
     ({"score": None}, "Unknown score None. Expected one of 'value', 'mass'"),
-    ({"probes": -1}, r"probes must be a whole number of rows, 0 for no correction, got -1\. The default is 64"),
-    ({"probes": 2.5}, "probes must be a whole number of rows, .* got 2.5"),
-    ({"probes": True}, "probes must be a whole number of rows, .* got True"),
-    ({"probes": "64"}, "probes must be a whole number of rows, .* got '64'"),
-    ({"probes": None}, "probes must be a whole number of rows, .* got None"),
-    ({"probes": torch.tensor(64)}, r"probes must be a whole number of rows, .* got tensor\(64\)"),
+    (
+        {"probes": -1},
+        r"probes must be a whole number of rows below 2.*31, 0 for no correction, got -1\. The default is 64",
+    ),
+    ({"probes": 2.5}, "probes must be a whole number of rows below 2.*31, .* got 2.5"),
+    ({"probes": True}, "probes must be a whole number of rows below 2.*31, .* got True"),
+    ({"probes": "64"}, "probes must be a whole number of rows below 2.*31, .* got '64'"),
+    ({"probes": None}, "probes must be a whole number of rows below 2.*31, .* got None"),
+    ({"probes": torch.tensor(64)}, r"probes must be a whole number of rows below 2.*31, .* got tensor\(64\)"),
     ({"budget": "heads"}, "Unknown budget 'heads'. Expected one of 'head', 'row'"),
     ({"backend": "sdpa"}, "Unknown backend 'sdpa'. Expected 'auto' or one of 'reference', 'torch', 'flex', "),
     ({"tile": (8, 15)}, r"tile must be .* multiple of 16 tokens, got \(8, 15\)"),
@@ -39,6 +44,9 @@ OPTIONS_OF_BOTH = [
     ({"tile": (-8, -16)}, r"tile must be .*, got \(-8, -16\)"),
     ({"tile": (16.0, 16)}, r"tile must be .*, got \(16.0, 16\)"),
     ({"tile": (16, 16, 16)}, r"tile must have at most 1024 tokens, got \(16, 16, 16\) with 4096"),
+    ({"probes": 10**100}, "probes must be a whole number of rows below 2.*31, .* got 1000"),
+    ({"tile": (True, 16)}, r"tile must be .*, got \(True, 16\)"),
+    ({"tile": (np.int8(64), np.int8(64))}, r"tile must have at most 1024 tokens, got \(64, 64\) with 4096"),
     ({"tile": (26, 40)}, r"tile must have at most 1024 tokens, got \(26, 40\) with 1040"),
 ]
 OPTIONS_OF_CONFIG = [
@@ -62,13 +70,19 @@ OPTIONS_OF_CONFIG = [
     ({"max_error": 0.05, "probes": 0}, "max_error=0.05 is measured on probes, so that probes=0 cannot be given"),
     ({"dense_steps": "0.5"}, "dense_steps is a share of the run .* got '0.5'"),
     ({"dense_steps": torch.tensor(0.5)}, r"dense_steps is a share of the run .* got tensor\(0.5"),
+    ({"dense_steps": 10**400}, "dense_steps is a share of the run .* got 1000"),
+    ({"max_error": 10**400}, "max_error is a relative error .* got 1000"),
+    ({"dense_timestep": 10**400}, "dense_timestep must be a number that a float can hold, got 1000"),
     ({"dense_timestep": NAN}, "dense_timestep .* got nan"),
-    ({"dense_timestep": True}, "dense_timestep must be a number, got True"),
-    ({"dense_timestep": "900"}, "dense_timestep must be a number, got '900'"),
-    ({"dense_timestep": torch.tensor(900.0)}, r"dense_timestep must be a number, got tensor\(900"),
+    ({"dense_timestep": True}, "dense_timestep must be a number.*, got True"),
+    ({"dense_timestep": "900"}, "dense_timestep must be a number.*, got '900'"),
+    ({"dense_timestep": torch.tensor(900.0)}, r"dense_timestep must be a number.*, got tensor\(900"),
     ({"dense_layers": [0, -1]}, r"dense_layers must be layer indices from 0 on, .* got \(0, -1\)"),
     ({"dense_layers": ["blocks.0"]}, r"dense_layers must be layer indices from 0 on, .* got \('blocks.0',\)"),
     ({"dense_layers": [0.5]}, r"dense_layers must be layer indices from 0 on, .* got \(0.5,\)"),
+    ({"dense_layers": {0: 1}}, r"dense_layers must be layer indices from 0 on, .* got \{0: 1\}"),
+    ({"dense_layers": b"\0\1"}, r"dense_layers must be layer indices from 0 on, .* got b'"),
+    ({"dense_layers": torch.tensor([True, False])}, r"dense_layers must be layer indices .* got \(True, False\)"),
     ({"dense_layers": 1}, r"dense_layers must be layer indices from 0 on, as in \(0, 1\), got 1\."),
     ({"dense_layers": "01"}, r"dense_layers must be layer indices from 0 on, .* got \('0', '1'\)"),
     ({"dense_layers": [True]}, r"dense_layers must be layer indices from 0 on, .* got \(True,\)"),
@@ -177,7 +191,7 @@ def test_a_grid_that_is_none_is_refused(grid):
 
 @pytest.mark.parametrize("prefix", [-1, 2.0, "2", None, torch.tensor(2), torch.tensor(2.0)], ids=repr)
 def test_a_prefix_that_is_no_whole_number_is_refused(prefix):
-    with pytest.raises(ValueError, match=r"prefix is .* a whole number from 0 on, got"):
+    with pytest.raises(ValueError, match=r"prefix is .* a whole number from 0 on below 2.*31, got"):
         draft_attention(tokens(), tokens(), tokens(), GRID, prefix=prefix)
 
 
@@ -245,11 +259,62 @@ def test_mixed_devices_are_refused(position):
         draft_attention(*tensors, GRID)
 
 
-@pytest.mark.parametrize("backend", ["auto", "torch"])
-def test_other_dtypes_are_refused(backend):
-    tensors = [tokens(dtype=torch.float64)] * 3
-    with pytest.raises(RuntimeError, match=r"needs float32, float16 or bfloat16 tensors, got torch.float64"):
-        draft_attention(*tensors, GRID, backend=backend)
+@pytest.mark.parametrize(
+    "scale", [True, "1", NAN, math.inf, -math.inf, torch.tensor(0.25), [0.25], 1j, 10**400], ids=str
+)
+def test_a_scale_that_is_no_finite_number_is_refused(scale):
+    with pytest.raises(ValueError, match=r"scale is a factor on the scores and must be a finite number, got"):
+        draft_attention(tokens(), tokens(), tokens(), GRID, scale=scale)
+
+
+@pytest.mark.parametrize("scale", [np.float32(0.25), Fraction(1, 4)], ids=repr)
+def test_scale_may_be_any_real_number(scale):
+    tensors = [torch.randn(2, 200, 3, 32, generator=torch.Generator().manual_seed(seed)) for seed in range(3)]
+    assert torch.equal(draft_attention(*tensors, GRID, scale=scale), draft_attention(*tensors, GRID, scale=0.25))
+
+
+@pytest.mark.parametrize("dtype", [torch.float8_e4m3fn, torch.float8_e5m2], ids=str)
+def test_float8_tensors_are_refused(dtype):
+    with pytest.raises(ValueError, match=rf"must be float64, .* or bfloat16, got {dtype}\. Cast them\."):
+        draft_attention(*[tokens().to(dtype)] * 3, GRID)
+
+
+def test_flex_refuses_float64():
+    with pytest.raises(RuntimeError, match=r"'flex' needs float32, float16 or bfloat16, got torch.float64\. Choose"):
+        draft_attention(*[tokens(dtype=torch.float64)] * 3, GRID, backend="flex")
+
+
+@pytest.mark.parametrize("grid", [(10**30, 1, 1), (True, 8, 16)], ids=str)
+def test_a_grid_that_no_tensor_has_is_refused(grid):
+    with pytest.raises(ValueError, match=r"grid must be \(T, Y, X\): .* below 2\*\*31, got"):
+        draft_attention(tokens(), tokens(), tokens(), grid)
+
+
+@pytest.mark.parametrize("prefix", [10**30, False, True])
+def test_a_prefix_that_is_no_position_is_refused(prefix):
+    with pytest.raises(ValueError, match=r"prefix is .* below 2\*\*31, got"):
+        draft_attention(tokens(), tokens(), tokens(), GRID, prefix=prefix)
+
+
+def test_sparse_and_nested_tensors_are_refused():
+    with pytest.raises(
+        ValueError, match=r"must be dense torch tensors, got torch.sparse_coo\. Pad it, or use to_dense"
+    ):
+        draft_attention(*[tokens().to_sparse()] * 3, GRID)
+    nested = torch.nested.nested_tensor([tokens(200, 3, 32), tokens(180, 3, 32)], layout=torch.jagged)
+    with pytest.raises(ValueError, match=r"must be dense torch tensors, got a nested tensor\. Pad it"):
+        draft_attention(nested, nested, nested, GRID)
+
+
+def test_a_length_without_a_value_is_refused():
+    with pytest.raises(ValueError, match=r"kv_len must have values, got a tensor on the meta device\. Make it on cpu"):
+        draft_attention(tokens(), tokens(), tokens(), GRID, kv_len=torch.full((2,), 200, device="meta"))
+
+
+def test_shapes_of_meta_tensors():
+    query = tokens(device="meta", dtype=torch.float16)
+    out = draft_attention(query, query, query, GRID)
+    assert (out.shape, out.dtype, out.device) == (query.shape, query.dtype, query.device)
 
 
 @pytest.mark.parametrize(

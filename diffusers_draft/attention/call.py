@@ -17,6 +17,8 @@ from .steps import Steps, steps_for
 
 INTEGERS = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8)
 """Dtypes of lengths."""
+FLOATS = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
+"""Dtypes of queries, keys and values."""
 
 
 @dataclass(frozen=True)
@@ -87,7 +89,7 @@ class Call:
         layout = token_layout((frames, rows, columns), prefix, seq_len, method.tile, query.device)
         differentiable = needs_grad(query, key, value)
         kernel = kernels.choose(method.backend, query.device, query.dtype, head_dim, layout.block, differentiable)
-        steps = steps_for(query.device, head_dim, differentiable)
+        steps = steps_for(query.device, query.dtype, head_dim, differentiable)
         ordered_query, query_means = steps.order(query, layout)
         ordered_key, key_means = steps.order(key, layout)
         ordered_value, value_means = steps.order(value, layout, average=method.score == "value")
@@ -165,6 +167,12 @@ def needs_grad(*tensors: Tensor) -> bool:
 
 
 def _check_tensors(query: Tensor, key: Tensor, value: Tensor, kv_len: Tensor | None, video_end: int) -> None:
+    for tensor in (query, key, value):
+        if tensor.is_nested or tensor.layout is not torch.strided:
+            kind = "a nested tensor" if tensor.is_nested else str(tensor.layout)
+            raise ValueError(
+                f"query, key and value must be dense torch tensors, got {kind}. Pad it, or use to_dense()."
+            )
     if query.dim() != 4 or not query.shape == key.shape == value.shape:
         raise ValueError(
             "query, key and value must have one shape (B, S, H, D), got "
@@ -174,8 +182,10 @@ def _check_tensors(query: Tensor, key: Tensor, value: Tensor, kv_len: Tensor | N
         found = [getattr(tensor, name) for tensor in (query, key, value)]
         if len(set(found)) > 1:
             raise ValueError(f"query, key and value must have the same {name}, got {', '.join(map(str, found))}.")
-    if not query.is_floating_point():
-        raise ValueError(f"query, key and value must be float32, float16 or bfloat16, got {query.dtype}. Cast them.")
+    if query.dtype not in FLOATS:
+        raise ValueError(
+            f"query, key and value must be float64, float32, float16 or bfloat16, got {query.dtype}. Cast them."
+        )
     if not query.numel():
         raise ValueError(
             "query, key and value must have at least one sample, token, head and dimension, got shape (B, S, H, D) = "
@@ -193,6 +203,8 @@ def _check_lengths(kv_len: Tensor, query: Tensor, video_end: int) -> None:
             f"kv_len must hold one integer for each of the {query.shape[0]} samples, got shape "
             f"{tuple(kv_len.shape)} and dtype {kv_len.dtype}."
         )
+    if kv_len.device.type == "meta":
+        raise ValueError(f"kv_len must have values, got a tensor on the meta device. Make it on {query.device}.")
     # Lengths on an accelerator are not read: that would wait for the device.
     if kv_len.device.type == "cpu" and not (video_end <= int(kv_len.min()) and int(kv_len.max()) <= query.shape[1]):
         raise ValueError(

@@ -22,8 +22,8 @@ class Correction:
     """An affine map of each head's output, `o + o @ matrix + offset`.
 
     Attributes:
-        matrix: `(B, H, D, D)` float32; zero where a head is left alone.
-        offset: `(B, H, D)` float32, likewise.
+        matrix: `(B, H, D, D)` float32, or float64 as the output; zero where a head is left alone.
+        offset: `(B, H, D)`, likewise.
         squares: `(3,)` float32, sums over the probes of all samples and heads: the squared error of the sparse output,
             of the corrected one as measured by leaving each probe out of its own fit, and the squared exact output.
     """
@@ -64,7 +64,8 @@ def fit(sparse: Tensor, exact: Tensor) -> Correction:
         sparse: `(B, n, H, D)`, the sparse output of the probes.
         exact: as `sparse`, their exact output.
     """
-    x, y = (tensor.transpose(1, 2).float() for tensor in (sparse, exact))
+    dtype = torch.promote_types(sparse.dtype, torch.float32)
+    x, y = (tensor.transpose(1, 2).to(dtype) for tensor in (sparse, exact))
     probes = x.shape[2]
     residual = y - x
     mean, shift = x.mean(2, keepdim=True), residual.mean(2, keepdim=True)
@@ -72,7 +73,7 @@ def fit(sparse: Tensor, exact: Tensor) -> Correction:
     variance = centred.square().mean(2, keepdim=True)
     penalty = RIDGE * variance + LEAST * variance.mean(3, keepdim=True)
     weighted = centred / penalty
-    eye = torch.eye(probes, device=x.device)
+    eye = torch.eye(probes, dtype=dtype, device=x.device)
     inverse = torch.linalg.inv_ex(weighted @ centred.mT / probes + eye, check_errors=False).inverse
     fitted = inverse @ left
     matrix = weighted.mT @ fitted / probes
@@ -86,5 +87,5 @@ def fit(sparse: Tensor, exact: Tensor) -> Correction:
     matrix = torch.where(fits[..., None, None], matrix, 0)
     offset = torch.where((fits | shifts)[..., None, None], shift - mean @ matrix, 0)[:, :, 0]
     after = torch.where(fits, by_fit, torch.where(shifts, by_shift, before))
-    squares = torch.stack([before.sum(), after.sum(), y.square().sum()])
+    squares = torch.stack([before.sum(), after.sum(), y.square().sum()]).float()
     return Correction(matrix, offset, squares)

@@ -4,7 +4,7 @@ import torch
 from torch import Tensor
 
 from .layout import Grid, Tile
-from .method import Budget, Method, Score, check_grid, check_sparsity
+from .method import Budget, Method, Score, check_grid, check_scale, check_sparsity
 from .ops import attend
 
 
@@ -30,7 +30,7 @@ def draft_attention(
     With `probes=0` it equals dense attention under the selected block mask; at `sparsity=0` it equals dense attention.
 
     Args:
-        query: `(B, S, H, D)` float32, float16 or bfloat16.
+        query: `(B, S, H, D)` float32, float16, bfloat16, or float64, which the backends `torch` and `reference` take.
         key: as `query`.
         value: as `query`.
         grid: `(T, Y, X)` frames, rows and columns of the video tokens, which lie in raster order.
@@ -58,9 +58,12 @@ def draft_attention(
     method = Method(tile=tile, budget=budget, score=score, probes=probes, backend=backend)
     check_sparsity(sparsity)
     check_grid(grid, prefix)
-    geometry = torch.tensor([*grid, prefix], device="cpu")
+    check_scale(scale)
+    geometry = torch.tensor([*grid, prefix], dtype=torch.int64, device="cpu")
     numbers = torch.tensor([sparsity, 0], dtype=torch.float64, device="cpu")
-    return attend(query, key, value, geometry, kv_len, numbers, method.to_tensor(), scale).out
+    return attend(
+        query, key, value, geometry, kv_len, numbers, method.to_tensor(), None if scale is None else float(scale)
+    ).out
 
 
 def _check_are_tensors(*arguments: object) -> None:

@@ -26,6 +26,9 @@ TEXT_LENGTH = 128
 LARGEST_BLOCK = 1024
 """Most tokens of a block. The memory of a backend's check against dense attention grows with its square."""
 
+LARGEST_COUNT = 2**31 - 1
+"""Of rows, tokens and frames: kernels count in 32 bits."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class Method:
@@ -55,13 +58,18 @@ class Method:
     def __post_init__(self) -> None:
         if not isinstance(self.score, str) or self.score not in SCORES:
             raise ValueError(f"Unknown score {self.score!r}. Expected one of {', '.join(map(repr, SCORES))}.")
-        if isinstance(self.probes, bool) or not isinstance(self.probes, (int, Integral)) or self.probes < 0:
+        if not is_count(self.probes, least=0):
             raise ValueError(
-                f"probes must be a whole number of rows, 0 for no correction, got {self.probes!r}. The default is 64."
+                f"probes must be a whole number of rows below 2**31, 0 for no correction, got {self.probes!r}. The "
+                "default is 64."
             )
+        object.__setattr__(self, "probes", operator.index(self.probes))
         if not isinstance(self.budget, str) or self.budget not in BUDGETS:
             raise ValueError(f"Unknown budget {self.budget!r}. Expected one of {', '.join(map(repr, BUDGETS))}.")
-        if not (are_counts(self.tile, 2) or are_counts(self.tile, 3)) or math.prod(self.tile) % 16:
+        are_sizes = are_counts(self.tile, 2) or are_counts(self.tile, 3)
+        if are_sizes:
+            object.__setattr__(self, "tile", tuple(map(operator.index, self.tile)))
+        if not are_sizes or self.block % 16:
             raise ValueError(
                 "tile must be (height, width) or (frames, height, width), their product a multiple of 16 tokens, got "
                 f"{self.tile!r}. The paper uses (8, 16)."
@@ -72,7 +80,6 @@ class Method:
                 "smaller one, for example (4, 4, 8)."
             )
         check_name(self.backend)
-        object.__setattr__(self, "tile", tuple(map(operator.index, self.tile)))
 
     @property
     def block(self) -> int:
@@ -137,21 +144,47 @@ def format_tile(tile: Tile) -> str:
 
 def check_sparsity(sparsity: float) -> None:
     """Raise ValueError unless the sparsity is a number in [0, 1)."""
-    if isinstance(sparsity, bool) or not isinstance(sparsity, (float, Real)) or not 0 <= sparsity < 1:
+    if not _is_real(sparsity) or not 0 <= sparsity < 1:
         raise ValueError(f"sparsity must be in [0, 1), got {sparsity!r}. Use 0.9 to skip 90 % of the pairs.")
 
 
 def check_grid(grid: tuple[int, int, int], prefix: int) -> None:
-    """Raise ValueError for a grid that is not three positive counts, or a prefix that is no count."""
+    """Raise ValueError for a grid that is not three positive counts below 2**31, or a prefix that is no such count."""
     if not are_counts(grid, 3):
-        raise ValueError(f"grid must be (T, Y, X): positive numbers of frames, rows and columns, got {grid!r}.")
-    if not isinstance(prefix, (int, Integral)) or prefix < 0:
-        raise ValueError(f"prefix is the position of the first video token, a whole number from 0 on, got {prefix!r}.")
+        raise ValueError(
+            f"grid must be (T, Y, X): positive numbers of frames, rows and columns below 2**31, got {grid!r}."
+        )
+    if not is_count(prefix, least=0):
+        raise ValueError(
+            f"prefix is the position of the first video token, a whole number from 0 on below 2**31, got {prefix!r}."
+        )
+
+
+def check_scale(scale: float | None) -> None:
+    """Raise ValueError for a scale that is no finite number."""
+    if scale is not None and not (is_number(scale) and abs(scale) < math.inf):
+        raise ValueError(f"scale is a factor on the scores and must be a finite number, got {scale!r}.")
+
+
+def is_number(value: Any) -> bool:
+    """Return True for a real number that a float holds, infinite or not."""
+    try:
+        return _is_real(value) and not math.isnan(value)
+    except OverflowError:
+        return False
+
+
+def _is_real(value: Any) -> bool:
+    return isinstance(value, Real) and not isinstance(value, bool)
+
+
+def is_count(value: Any, least: int = 1) -> bool:
+    """Return True for a whole number from `least` on that tensors can be as long as."""
+    # `int` comes first: under torch.compile a size is one, and nothing here may make it a constant.
+    whole = isinstance(value, (int, Integral)) and not isinstance(value, bool)
+    return whole and least <= value <= LARGEST_COUNT
 
 
 def are_counts(values: tuple[int, ...], length: int) -> bool:
     """Return True for so many positive whole numbers."""
-    # `int` comes first: under torch.compile a size is one, and nothing here may make it a constant.
-    if not isinstance(values, Sequence) or len(values) != length:
-        return False
-    return all(isinstance(value, (int, Integral)) and value > 0 for value in values)
+    return isinstance(values, Sequence) and len(values) == length and all(map(is_count, values))

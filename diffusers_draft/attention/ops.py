@@ -62,8 +62,9 @@ def attend(
         RuntimeError: if the backend cannot run on these tensors, or has no backward and they need one.
     """
     query, key, value = in_autocast_dtype(query, key, value)
-    # Only compiled graphs need the opaque operator. Eager calls stay transparent to autograd.
-    run = _attend_op if torch.compiler.is_compiling() else attend_now
+    # Only compiled graphs need the opaque operator, and meta tensors its shapes. Eager calls stay open to autograd.
+    opaque = torch.compiler.is_compiling() or all(tensor.device.type == "meta" for tensor in (query, key, value))
+    run = _attend_op if opaque else attend_now
     return Attended(*run(query, key, value, geometry, kv_len, numbers, method, scale))
 
 
@@ -122,12 +123,15 @@ def attended(call: Call, mask: BlockMask, sparsity: float, number: int = 0) -> A
 
 
 def in_autocast_dtype(*tensors: Tensor) -> tuple[Tensor, ...]:
-    """Cast as autocast casts what goes into stock attention."""
+    """Cast as autocast casts what goes into stock attention: float64 stays."""
     device = tensors[0].device.type
     if device not in AUTOCAST_DEVICES or not torch.is_autocast_enabled(device):
         return tensors
     dtype = torch.get_autocast_dtype(device)
-    return tuple(tensor.to(dtype) if tensor.is_floating_point() else tensor for tensor in tensors)
+    return tuple(
+        tensor.to(dtype) if tensor.is_floating_point() and tensor.dtype != torch.float64 else tensor
+        for tensor in tensors
+    )
 
 
 def _without_autocast(device: str) -> contextlib.AbstractContextManager[None]:

@@ -11,6 +11,7 @@ import torch
 
 from ..attention import kernels
 from ..attention.method import Method, check_grid, format_tile, parse_tile
+from ..attention.select import BUDGETS
 from ..config import SPARSITY, DraftConfig
 from ..tools.bench.attention import Row, run_dense, run_draft, run_paper
 from ..tools.bench.measure import environment
@@ -43,7 +44,7 @@ def _add_attention(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--text", type=whole(0), default=0, help="text tokens behind the video")
     parser.add_argument("--batch", type=whole(1), default=1)
     parser.add_argument("--sparsity", type=float, nargs="+", default=[SPARSITY])
-    parser.add_argument("--budget", nargs="+", choices=["row", "head"], default=[draft.budget], help=default)
+    parser.add_argument("--budget", nargs="+", choices=[*BUDGETS], default=[draft.budget], help=default)
     parser.add_argument("--tile", default=format_tile(draft.tile), help=f"tokens of a block ({default})")
     parser.add_argument("--paper", action="store_true", help="also the paper's settings at each sparsity")
     parser.add_argument("--backend", nargs="+", help="default: every backend but the reference")

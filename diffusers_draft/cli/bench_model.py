@@ -18,6 +18,7 @@ from ..tools.bench.predict import densities_to_measure, predict
 from ..tools.bench.run import Bench, Run
 from ..tools.bench.shapes import SHAPES
 from . import CommandError, one_line
+from .backends import check_runs
 from .option_types import seconds, whole
 from .outputs import check_output, write_output
 from .ranks import Ranks, add_ulysses, together
@@ -68,13 +69,14 @@ def run_model(args: argparse.Namespace) -> None:
     """Time one denoising step of a transformer and predict the time of a whole run.
 
     Raises:
-        CommandError: if there is no CUDA GPU, or an option is out of range.
+        CommandError: if there is no CUDA GPU, an option is out of range, or the backend cannot run here.
     """
     _check(args, "model")
     if args.paper:
         config = _paper(args, MODELS[args.model].sparsity if args.sparsity is None else args.sparsity)
     else:
         config = _config(args, SPARSITY if args.sparsity is None else args.sparsity)
+    _check_backend(args, config)
     with together(args.ulysses) as ranks:
         _run_model(args, config, ranks)
 
@@ -83,7 +85,7 @@ def run_runs(args: argparse.Namespace) -> None:
     """Time whole runs, dense and with draft attention, and show how good their prediction was.
 
     Raises:
-        CommandError: if there is no CUDA GPU, or an option is out of range.
+        CommandError: if there is no CUDA GPU, an option is out of range, or the backend cannot run here.
     """
     timed = args.steps if args.dense_steps is None else args.dense_steps
     _check(args, "run")
@@ -92,6 +94,8 @@ def run_runs(args: argparse.Namespace) -> None:
     configs = {f"draft {sparsity:g}": _config(args, sparsity) for sparsity in args.sparsity}
     if args.paper:
         configs["paper"] = _paper(args, MODELS[args.model].sparsity)
+    for config in configs.values():
+        _check_backend(args, config)
     facts = environment(DEVICE)
     print(", ".join(f"{key} {value}" for key, value in facts.items()))
     runs = []
@@ -110,6 +114,10 @@ def _check(args: argparse.Namespace, what: str) -> None:
         check_output(args.json)
     if not torch.cuda.is_available():
         raise CommandError(f"bench {what} needs a CUDA GPU: a real transformer's step takes minutes on a CPU.")
+
+
+def _check_backend(args: argparse.Namespace, config: DraftConfig) -> None:
+    check_runs(config.method, DEVICE, torch.bfloat16, SHAPES[MODELS[args.model].shape].head_dim)
 
 
 def _write(path: Path, record: dict[str, Any]) -> None:

@@ -7,11 +7,12 @@ from typing import Any
 from .. import DraftConfig, enable_draft_attention
 from ..attention.draft import SCORES
 from ..attention.method import format_tile, parse_tile
-from ..config import SPARSITY, parse_share
+from ..attention.select import BUDGETS
+from ..config import SPARSITY
 from ..schedules import SCHEDULES
 from . import CommandError, one_line
 from .model_options import add_model_options, call, check_backend, check_packages, image, loaded
-from .option_types import seed
+from .option_types import seed, share
 from .ranks import Ranks, add_ulysses, together
 
 
@@ -39,13 +40,13 @@ def add_parser(subparsers: argparse._SubParsersAction) -> None:
         default=draft.probes,
         help=f"exact rows for the correction ({default}; the paper: 0)",
     )
-    parser.add_argument("--budget", choices=["row", "head"], default=draft.budget, help=f"{default}; the paper: head")
+    parser.add_argument("--budget", choices=[*BUDGETS], default=draft.budget, help=f"{default}; the paper: head")
     parser.add_argument(
         "--tile", default=format_tile(draft.tile), help=f"tokens of a block ({default}; the paper: 8x16)"
     )
     parser.add_argument(
         "--dense-steps",
-        type=parse_share,
+        type=share,
         metavar="SHARE",
         help="of the run that stays dense (default: by the schedule)",
     )

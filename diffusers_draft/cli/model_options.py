@@ -9,10 +9,10 @@ from typing import Any
 import torch
 from PIL import Image
 
-from ..attention import kernels
 from ..attention.method import Method
 from ..tools.generation.loading import Model, device, dtype_of, load
 from . import CommandError, one_line
+from .backends import check_runs
 from .option_types import finite, rate, whole
 
 CALL = {
@@ -64,12 +64,7 @@ def check_backend(args: argparse.Namespace, method: Method) -> None:
     Raises:
         CommandError: if its package is missing, or it refuses the device, the dtype or the size of the blocks.
     """
-    if method.backend == "auto":
-        return
-    with one_line(ImportError):
-        refusal = getattr(kernels.load(method.backend), "refusal", None)
-    if refusal and (reason := refusal(device(), dtype_of(model(args)), ANY_HEAD_DIM, method.block)):
-        raise CommandError(f"Backend {method.backend!r} {reason}. Choose another backend, or 'auto'.")
+    check_runs(method, device(), dtype_of(model(args)), ANY_HEAD_DIM)
 
 
 def model(args: argparse.Namespace) -> Model:

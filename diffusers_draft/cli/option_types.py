@@ -6,6 +6,8 @@ from collections.abc import Callable
 
 import torch
 
+from ..config import parse_share
+
 
 def whole(least: int) -> Callable[[str], int]:
     """Make a type of whole numbers from `least` on."""
@@ -52,6 +54,14 @@ def _number(text: str) -> float:
         return float(text)
     except ValueError:
         return math.nan
+
+
+def share(text: str) -> float:
+    """Read a share of a run, as `parse_share` does."""
+    try:
+        return parse_share(text)
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(f"must be a share of the run in [0, 1], as 0.25, got {text!r}") from error
 
 
 def seed(text: str) -> int:

@@ -1,5 +1,6 @@
 """Which step of which run is this? The pipeline's scheduler tells, without waiting for the GPU."""
 
+import math
 import sys
 import weakref
 from collections.abc import Callable
@@ -13,6 +14,9 @@ from torch import Tensor
 from torch.utils.weak import WeakTensorKeyDictionary
 
 from ..families.locate.reading import read_once
+
+ROUNDING = 1.0
+"""How far a forward's timestep may lie from its scheduler's: loops round to whole ones."""
 
 
 @dataclass(frozen=True)
@@ -40,16 +44,16 @@ class Clock:
     """Tells the moment of a forward. All transformers of a pipeline share one, as they share one scheduler.
 
     The scheduler is that of the diffusers pipeline whose method calls the forward, found on the Python stack: one
-    transformer may be in many pipelines, and each may get a new scheduler at any time. It is believed without a look
-    at the timestep. Where none calls (a loop of one's own, training), the scheduler is that of the pipeline that draft
-    attention was enabled on, or that it had last if it is gone. It is believed if it is in the middle of a run and at
-    the forward's timestep. On the CPU every forward's is compared. On a GPU this waits, so that it is done only where
-    the scheduler has not moved since the last forward: stale ones do not. Otherwise nothing tells.
+    transformer may be in many pipelines, and each may get a new scheduler at any time. Where none calls (a loop of
+    one's own, training), the scheduler is that of the pipeline that draft attention was enabled on, or that it had
+    last if it is gone. It is believed if it is in the middle of a run and at the forward's timestep; otherwise nothing
+    tells. Comparing waits for a GPU, so that a calling pipeline is believed unless the timestep is on the CPU.
 
     Where the scheduler counts no steps (DDIM has no `step_index`; diffusion forcing steps copies of its scheduler, and
     Helios' distilled one never counts), the step is the one whose timestep is nearest to the forward's largest, and a
     run begins with the first step that was noted of it, which comes late if draft attention is enabled in the middle.
-    Under diffusion forcing a forward is thus as far as the noisiest of its frames.
+    Under diffusion forcing a forward is thus as far as the noisiest of its frames. Where no pipeline calls either, the
+    timesteps of a training must not be taken for a run, see `_goes_on`.
 
     Args:
         pipe: a pipeline, or anything else: a transformer alone has no scheduler.
@@ -60,8 +64,7 @@ class Clock:
         self._pipe = weakref.ref(pipe)
         self._last_scheduler = _weakly(getattr(pipe, "scheduler", None))
         self._scheduler_units = scheduler_units
-        self._begun = WeakTensorKeyDictionary()
-        self._last_position: tuple[Tensor | None, int | None] = (None, None)
+        self._noted = WeakTensorKeyDictionary()
 
     def at(self, timestep: Tensor) -> Moment | None:
         """Tell the moment of a forward; None where no scheduler tells it.
@@ -69,29 +72,31 @@ class Clock:
         Args:
             timestep: the forward's argument, any shape, in the scheduler's units. It is read, which waits for the
                 GPU, where the scheduler does not know the step: before a run's first step unless the pipeline has
-                told it where the run begins, and if it counts no steps; and where no pipeline calls, as said above.
+                told it where the run begins, and if it counts no steps; and where no pipeline calls.
         """
         pipe = _calling_pipeline(sys._getframe())
         scheduler: Any = self._known_scheduler() if pipe is None else pipe.scheduler
-        if not self._tells(scheduler):
-            return None
-        if pipe is None and not self._is_running(scheduler, timestep):
+        if not self._tells(scheduler) or (pipe is None and timestep.device.type == "meta"):
             return None
         run = scheduler.timesteps
         timesteps = _values(run)
         step = self._step(scheduler, timestep, timesteps)
+        if pipe is None and (step >= len(timesteps) or not self._goes_on(scheduler, step)):
+            return None
+        expected = timesteps[min(step, len(timesteps) - 1)]
+        if self._compares(pipe, scheduler, timestep) and not _is_at(timestep, expected):
+            return None
         return Moment(run, step, self._begin(scheduler, step), timesteps)
 
     def note(self, moment: Moment | None) -> None:
-        """Remember where a run began, when its first forward comes."""
+        """Remember where a run began, when its first forward comes, and how far it is."""
         if moment is not None:
-            self._begun[moment.run] = moment.begin
+            self._noted[moment.run] = moment.begin, moment.step
 
     def _begin(self, scheduler: Any, step: int) -> int:
-        if scheduler.timesteps in self._begun:
-            return min(self._begun[scheduler.timesteps], step)  # a first step that was only guessed may be too late
-        counting = getattr(scheduler, "step_index", None) is not None
-        return getattr(scheduler, "begin_index", None) or (0 if counting else step)
+        if scheduler.timesteps in self._noted:
+            return min(self._noted[scheduler.timesteps][0], step)  # a first step that was only guessed may be too late
+        return getattr(scheduler, "begin_index", None) or (0 if _counts(scheduler) else step)
 
     def _step(self, scheduler: Any, timestep: Tensor, timesteps: tuple[float, ...]) -> int:
         if not hasattr(scheduler, "step_index"):
@@ -114,21 +119,28 @@ class Clock:
         counts = self._scheduler_units or hasattr(scheduler, "step_index")
         return counts and isinstance(getattr(scheduler, "timesteps", None), Tensor) and _is_set(scheduler)
 
-    def _is_running(self, scheduler: Any, timestep: Tensor) -> bool:
-        """Return True if a scheduler is at the timestep of a forward that no pipeline calls."""
-        run, index = scheduler.timesteps, getattr(scheduler, "step_index", None)
-        (last_run, last_index), self._last_position = self._last_position, (run, index)
-        if index is not None and index >= len(run):
-            return False
-        if not self._scheduler_units:
+    def _compares(self, pipe: Any | None, scheduler: Any, timestep: Tensor) -> bool:
+        """Return True if a forward must be at the timestep of its scheduler's step."""
+        if pipe is None:
+            return self._scheduler_units
+        return self._scheduler_units and _counts(scheduler) and _is_free_to_read(timestep)
+
+    def _goes_on(self, scheduler: Any, step: int) -> bool:
+        """Return True if a forward that no pipeline calls can be in a run, going by the order of its steps.
+
+        A scheduler that has not counted may be at the first step of a loop, or never count; or it is not used, and
+        some timestep of a training happens to be one of its own. Loops go forward, without gradients, and in steps
+        that are further apart than timesteps are rounded.
+        """
+        if _counts(scheduler) or getattr(scheduler, "begin_index", None) is not None or not self._scheduler_units:
             return True
-        if timestep.device.type != "cpu" and hasattr(scheduler, "step_index"):
-            begins = run is not last_run and index is None and scheduler.begin_index is not None
-            if begins or (run is last_run and index != last_index):
-                return True
-        timesteps = _values(run)
-        expected = timesteps[self._step(scheduler, timestep, timesteps)]
-        return abs(float(timestep.max()) - expected) <= _rounding(timestep.dtype, expected)
+        run = scheduler.timesteps
+        if step == 0:  # the noisiest one is dense either way
+            return True
+        if torch.is_grad_enabled() or 2 * ROUNDING * len(run) >= (_training_steps(scheduler) or math.inf):
+            return False
+        begin, last = self._noted.get(run, (step, step))
+        return step == begin or step >= last
 
 
 def _calling_pipeline(frame: FrameType | None) -> Any | None:
@@ -146,7 +158,16 @@ def _is_set(scheduler: Any) -> bool:
     """Return True if `set_timesteps` was called: a new scheduler has all the timesteps of its training."""
     if getattr(scheduler, "num_inference_steps", None) is not None:
         return True
-    return len(scheduler.timesteps) != getattr(getattr(scheduler, "config", None), "num_train_timesteps", None)
+    return len(scheduler.timesteps) != _training_steps(scheduler)
+
+
+def _training_steps(scheduler: Any) -> int | None:
+    return getattr(getattr(scheduler, "config", None), "num_train_timesteps", None)
+
+
+def _counts(scheduler: Any) -> bool:
+    """Return True if a scheduler has counted a step."""
+    return getattr(scheduler, "step_index", None) is not None
 
 
 @read_once
@@ -165,9 +186,15 @@ def _nearest(timestep: Tensor, timesteps: tuple[float, ...]) -> int:
     return next(later, first)
 
 
-def _rounding(dtype: torch.dtype, value: float) -> float:
-    """Compute how far a timestep in the model's dtype may lie from the scheduler's; loops also round to whole ones."""
-    return max(1.0, torch.finfo(dtype).eps * abs(value)) if dtype.is_floating_point else 1.0
+def _is_free_to_read(tensor: Tensor) -> bool:
+    return tensor.device.type == "cpu"
+
+
+def _is_at(timestep: Tensor, expected: float) -> bool:
+    """Return True if a forward has this timestep, maybe rounded to its dtype."""
+    dtype = timestep.dtype
+    rounding = max(ROUNDING, torch.finfo(dtype).eps * abs(expected)) if dtype.is_floating_point else ROUNDING
+    return abs(float(timestep.max()) - expected) <= rounding
 
 
 def _weakly(thing: Any) -> Callable[[], Any]:

@@ -20,7 +20,7 @@ def components_of(pipe: Any) -> Components | None:
 
 
 def warn_of_dense_components(components: Components | None, attachments: dict[str, Attachment]) -> None:
-    """Warn of transformers in the pipeline that run dense in the place of patched ones."""
+    """Warn of transformers in the pipeline that run dense in the place of patched ones; without any, nothing does."""
     for name, attachment in attachments.items():
         found = (components or {}).get(name)
         if not attachment.attached or found is None or is_in(components, attachment):

@@ -3,6 +3,7 @@
 from collections.abc import Callable
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from ..attention.ops import Attended, attend
@@ -47,8 +48,10 @@ def attention_call(forward: Forward, stock: Dispatch) -> Dispatch:
                 "Draft attention has no dropout, causal or grouped-query attention and takes no attention_kwargs; got "
                 f"dropout_p={dropout_p}, is_causal={is_causal}, enable_gqa={enable_gqa}, {attention_kwargs=}."
             )
-        kv_len = None if attn_mask is None or state.kv_len is None else _lengths_of(query, state.kv_len)
         exchange = exchange_of(state, parallel_config)
+        kv_len = None
+        if attn_mask is not None and state.kv_len is not None:
+            kv_len = _lengths_of(query, state.kv_len, attn_mask, exchange)
         if sparse and state.hook is None:
             run = exchange.attend if exchange else attend
             how = state.geometry, kv_len, state.numbers, state.method, scale
@@ -89,11 +92,16 @@ def exchange_of(state: LayerState, parallel_config: Any) -> Exchange | None:
     return Exchange(split._ulysses_mesh.get_group(), state.shared.shape[0], state.whole_text)
 
 
-def _lengths_of(query: Tensor, kv_len: Tensor) -> Tensor:
+def _lengths_of(query: Tensor, kv_len: Tensor, mask: Tensor, exchange: Exchange | None) -> Tensor:
     """Find the valid lengths of the samples that a layer gets."""
-    # Below the hook that learned the lengths, diffusers' FasterCache leaves out the first half of a guided batch.
-    halved = len(kv_len) == 2 * len(query)
-    return (kv_len[len(query) :] if halved else kv_len).to(query.device)
+    if len(kv_len) == len(query):
+        return kv_len.to(query.device)
+    # Below the hook that learned the lengths, diffusers' FasterCache leaves out the first half of a guided batch, but
+    # not of inputs that it does not know. Only the layer's mask tells which texts are together then.
+    elsewhere = exchange.shared - exchange.shared // exchange.size if exchange else 0
+    padded = ~mask if mask.dtype == torch.bool else mask < 0
+    lengths = query.shape[1] + elsewhere - padded.flatten(0, -2).sum(1, dtype=torch.int32)
+    return lengths.expand(len(query))
 
 
 def _hooked(
@@ -116,7 +124,9 @@ def _hooked(
 
 
 def _noted(state: LayerState, kv_len: Tensor | None, attended: Attended) -> Tensor:
-    """Keep what was computed in the layer's record."""
+    """Keep what was computed in the layer's record. On the meta device nothing was."""
+    if attended.pairs.device.type == "meta":
+        return attended.out
     state.layer.ran = "sparse"
     state.layer.call = SparseCall(kv_len, attended.pairs, attended.squares, attended.facts)
     return attended.out

@@ -74,7 +74,7 @@ class Schedule:
         Args:
             moment: of the forward; None where nothing but the timestep tells it.
             timestep: the forward's argument, any shape. Without a moment it is read, which waits for the GPU, if the
-                density depends on it.
+                density depends on it; on the meta device, which has no values, the forward is dense then.
             least: the density of one block a row.
 
         Raises:
@@ -97,6 +97,8 @@ class Schedule:
         top = None if self._shape is constant else self._top_timestep
         if top is None and limit == math.inf:
             return SparseStep(self._sparsity_at(None, [1.0], 0, least), 0)
+        if timestep.device.type == "meta":  # it has no value, and shapes are the same
+            return None
         value = float(timestep.max())
         if value > limit:
             return None

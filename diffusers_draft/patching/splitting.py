@@ -129,6 +129,6 @@ def share(
     tokens = math.prod(video.grid) if states.dim() > 3 else states.shape[1]  # packed latents come with their others
     check_tokens(tokens, video.grid, config.ulysses_degree)
     # Compiled code would be tied to a number, but takes any length.
-    forward.shared = torch.empty(tokens, device="meta")
+    forward.shared = torch.empty(tokens, dtype=torch.uint8, device="meta")
     forward.whole_text = family.split.whole_text
     forward.ranks = config._ulysses_mesh.get_group()

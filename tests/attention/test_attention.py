@@ -339,6 +339,59 @@ def test_arguments_are_left_as_they_were():
     assert torch.equal(kv_len, case.kv_len)
 
 
+@pytest.mark.parametrize("budget", ["row", "head"])
+@pytest.mark.parametrize("backend", ["torch", "reference"])
+def test_a_default_dtype_changes_nothing(backend, budget):
+    """In a first call, as with a default device."""
+    case = Case(grid=(2, 16, 24), prefix=3, suffix=40, padding=(40, 7), sparsity=0.5, tile=(4, 8), budget=budget)
+    tensors, options = case.tensors(), case.options | {"backend": backend, "probes": 16, "score": "value"}
+    expected = draft_attention(*tensors, case.grid, **options)
+    for cache in (kernels.choose, token_layout, probe_rows):
+        cache.cache_clear()
+    torch.set_default_dtype(torch.float64)
+    try:
+        out = draft_attention(*tensors, case.grid, **options)
+    finally:
+        torch.set_default_dtype(torch.float32)
+    assert out.dtype is torch.float32
+    assert torch.equal(out, expected)
+
+
+@pytest.mark.parametrize("backend", ["torch", "reference", "auto"])
+def test_float64_keeps_its_precision(backend):
+    case = Case(grid=(2, 16, 24), prefix=3, suffix=40, padding=(40, 7), sparsity=0, tile=(4, 8), dtype=torch.float64)
+    query, key, value = case.tensors()
+    mask = oracle.length_mask(2, 1, case.seq_len, case.kv_len)
+    expected = oracle.attention(query, key, value, mask)
+    out = draft_attention(query, key, value, case.grid, **case.options | {"backend": backend})
+    assert out.dtype is torch.float64
+    assert oracle.error(out, expected) < 1e-13
+
+
+@pytest.mark.parametrize("backend", ["torch", "reference"])
+def test_float64_is_corrected_in_float64(backend):
+    """Rows that went through float32 on the way would be float32 numbers."""
+    case = Case(grid=(2, 16, 24), sparsity=0.5, tile=(4, 8), dtype=torch.float64)
+    options = case.options | {"backend": backend, "probes": 64}
+    query, key, value = case.tensors()
+    tensors = [query, key, value + 3 * torch.arange(case.seq_len).div(50).sin()[:, None, None]]
+    out = draft_attention(*tensors, case.grid, **options)
+    single = draft_attention(*(tensor.float() for tensor in tensors), case.grid, **options)
+    uncorrected = draft_attention(*tensors, case.grid, **options | {"probes": 0})
+    assert oracle.error(single, out) < 1e-5 < 1e-3 < oracle.error(uncorrected, out)
+    assert not torch.equal(out, out.float().double())
+
+
+def test_under_autocast_float64_stays_as_in_stock_attention():
+    case = Case(grid=(2, 16, 24), sparsity=0, tile=(4, 8), dtype=torch.float64)
+    query, key, value = case.tensors()
+    with torch.autocast("cpu", torch.bfloat16):
+        stock = scaled_dot_product_attention(*(tensor.transpose(1, 2) for tensor in (query, key, value)))
+        out = draft_attention(query, key, value, case.grid, **case.options)
+    assert out.dtype is stock.dtype is torch.float64
+    assert oracle.error(out, stock.transpose(1, 2)) < 1e-13
+
+
 @pytest.mark.parametrize("backend", ["torch", "reference"])
 def test_a_default_device_changes_nothing(backend):
     """In a first call, which checks the backend and builds what later calls find in caches."""

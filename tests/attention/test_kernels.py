@@ -207,8 +207,18 @@ def test_probe_reports_a_backend_that_raises():
 
 
 def test_probe_refuses_other_dtypes():
-    with pytest.raises(RuntimeError, match=r"'fake' needs float32, float16 or bfloat16 tensors, got torch.float64"):
-        probe.check("fake", reference.forward, CPU, torch.float64, 64, 128)
+    with pytest.raises(RuntimeError, match=r"'fake' needs float64, .* or bfloat16 tensors, got torch.complex64"):
+        probe.check("fake", reference.forward, CPU, torch.complex64, 64, 128)
+
+
+def test_probe_holds_float64_to_its_own_precision():
+    def in_float32(*arguments):
+        query, key, value, mask, scale = arguments
+        return reference.forward(query.float(), key.float(), value.float(), mask, scale).double()
+
+    probe.check("fake", reference.forward, CPU, torch.float64, 64, 128)
+    with pytest.raises(RuntimeError, match="wrong numbers"):
+        probe.check("fake", in_float32, CPU, torch.float64, 64, 128)
 
 
 @pytest.mark.parametrize(("dtype", "head_dim", "block"), PROBE_KINDS, ids=str)

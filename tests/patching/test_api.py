@@ -333,6 +333,7 @@ def test_custom_processor_on_cross_attention_is_fine() -> None:
         (dict(backend="flash"), "'flash'.*'auto'.*'torch'"),
         (dict(config=DraftConfig(), sparsity=0.7), "either config or single options"),
         (dict(config=DraftConfig(sparsity=0.8), dense_layers=()), "either config or single options"),
+        (dict(config=DraftConfig(sparsity=0.5), sparsity=0.8), "either config or single options"),
     ],
 )
 def test_wrong_options(options: dict[str, Any], message: str) -> None:
@@ -341,6 +342,19 @@ def test_wrong_options(options: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         enable_draft_attention(pipe, **options)
     assert state(pipe.transformer) == before
+
+
+@pytest.mark.parametrize(
+    "config",
+    [{}, {"sparsity": 0.9}, "paper", 0.9, False, DraftConfig, DraftConfig().method],
+    ids=lambda config: type(config).__name__,
+)
+def test_a_config_that_is_none(config: Any) -> None:
+    model = models.wan()
+    before = state(model)
+    with pytest.raises(TypeError, match=r"config must be a DraftConfig, got .*\. Make one, as in DraftConfig\("):
+        enable_draft_attention(model, config=config)
+    assert state(model) == before
 
 
 def test_backend_that_is_missing_leaves_the_model_as_it_was(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -730,6 +744,30 @@ def test_an_inner_context_gives_the_outer_settings_back() -> None:
         assert [report.attached for report in reports] == [True, False]
         assert [sum(report.steps.values()) for report in reports] == [4, 4]
     assert processors(pipe.transformer) == stock and sparsity_of(pipe.transformer) is None
+
+
+@pytest.mark.parametrize("how", ["left", "disabled", "replaced"])
+def test_a_handle_that_is_not_in_force_cannot_be_entered(how: str) -> None:
+    model = models.wan()
+    handle = enable_draft_attention(model, 0.5)
+    if how == "left":
+        with handle:
+            assert sparsity_of(model) == 0.5
+    else:
+        {"disabled": disable_draft_attention, "replaced": enable_draft_attention}[how](model)
+    found = sparsity_of(model)
+    with pytest.raises(RuntimeError, match=r"not in force any more.*Call enable_draft_attention again"), handle:
+        pass
+    assert sparsity_of(model) == found
+
+
+def test_an_inner_context_whose_transformer_is_gone() -> None:
+    pipe = models.wan_pipeline()
+    enable_draft_attention(pipe, 0.5)
+    with enable_draft_attention(pipe, 0.9):
+        pipe.transformer = models.wan(seed=1)
+        gc.collect()
+    assert patched(pipe.transformer) == []
 
 
 def test_an_inner_context_of_one_expert_leaves_the_other_alone() -> None:

@@ -156,6 +156,57 @@ def test_mixed_precision_of_accelerate() -> None:
 
 
 @pytest.mark.parametrize("name", ["wan", "hunyuan_video"])
+def test_a_model_in_float64(name: str) -> None:
+    tiny = models.TINY[name]
+    model = tiny.build().double()
+    inputs = {key: value.double() if value.is_floating_point() else value for key, value in tiny.inputs(2).items()}
+    stock = run(model, inputs)
+    with enable_draft_attention(model, sparsity=0):
+        draft = run(model, inputs)
+    assert draft.dtype is stock.dtype is torch.float64
+    assert error(draft, stock) < 1e-12
+
+
+@pytest.mark.parametrize("schedule", ["falling", "constant"])
+@pytest.mark.parametrize("name", ["wan", "hunyuan_video", "CosmosTransformer3DModel"])
+def test_shapes_of_a_model_on_the_meta_device(name: str, schedule: Any) -> None:
+    tiny = models.TINY[name]
+    model = tiny.build().to("meta")
+    inputs = {key: value.to("meta") if isinstance(value, Tensor) else value for key, value in tiny.inputs(2).items()}
+    stock = run(model, inputs)
+    handle = enable_draft_attention(model, schedule=schedule)
+    draft = run(model, inputs)
+    assert (draft.shape, draft.dtype, draft.device) == (stock.shape, stock.dtype, stock.device)
+    assert "no sparse call yet" in str(handle.report())
+
+
+def test_a_model_on_the_meta_device_whose_video_is_in_the_values_of_its_inputs() -> None:
+    tiny = models.TINY["LTXVideoTransformer3DModel conditions"]
+    model = tiny.build().to("meta")
+    inputs = {key: value.to("meta") if isinstance(value, Tensor) else value for key, value in tiny.inputs(2).items()}
+    enable_draft_attention(model)
+    with pytest.raises(ValueError, match=r"on the meta device an input has no values\. Disable it"):
+        run(model, inputs)
+
+
+@pytest.mark.parametrize("name", ["wan", "hunyuan_video"])
+def test_default_dtype(name: str) -> None:
+    tiny = models.TINY[name]
+    model, fresh, inputs = tiny.build(), tiny.build(), tiny.inputs(2)
+    enable_draft_attention(model, probes=16)
+    expected = run(model, inputs)
+    kernels.choose.cache_clear()
+    torch.set_default_dtype(torch.float64)
+    try:
+        enable_draft_attention(fresh, probes=16)
+        found = run(fresh, inputs)
+    finally:
+        torch.set_default_dtype(torch.float32)
+    assert found.dtype is torch.float32
+    assert error(found, expected) < models.FLOAT32_ERROR
+
+
+@pytest.mark.parametrize("name", ["wan", "hunyuan_video"])
 def test_default_device(name: str) -> None:
     tiny = models.TINY[name]
     model, fresh, inputs = tiny.build(), tiny.build(), tiny.inputs(2)
@@ -351,16 +402,16 @@ def test_cache(cache: str, order: str, dense_video: Tensor) -> None:
     assert patched(pipe.transformer) == SPARSE_LAYERS
 
 
-def faster_cache(inputs: models.Inputs) -> FasterCacheConfig:
+def faster_cache(inputs: models.Inputs, **options: Any) -> FasterCacheConfig:
     """Leaves out the first half of the batch in every second forward, and nothing else."""
     batched = [name for name, value in inputs.items() if torch.is_tensor(value) and value.shape[0] == 2]
     return FasterCacheConfig(
+        **dict(_unconditional_conditional_input_kwargs_identifiers=batched) | options,
         spatial_attention_timestep_skip_range=(-1, 0),
         unconditional_batch_skip_range=2,
         unconditional_batch_timestep_skip_range=(-1, 901),
         current_timestep_callback=lambda: 500,
         attention_weight_callback=lambda module: 0.3,
-        _unconditional_conditional_input_kwargs_identifiers=batched,
     )
 
 
@@ -394,6 +445,39 @@ def test_faster_cache_with_guidance(name: str, order: str) -> None:
     assert error(stock[1], stock[0]) > 1e-3
     assert max(map(error, two_forwards(model), stock)) < models.FLOAT32_ERROR
     assert handle.report().transformers[0].density == 1
+
+
+KNOWN = FasterCacheConfig()._unconditional_conditional_input_kwargs_identifiers
+"""Inputs that FasterCache halves unless it is told others: HunyuanVideo 1.5 has more."""
+
+
+@pytest.mark.skipif("HunyuanVideo15Transformer3DModel" not in models.TINY, reason="this diffusers has none")
+@pytest.mark.parametrize("sparsity", [0, 0.5])
+@pytest.mark.parametrize("name", ["HunyuanVideo15Transformer3DModel", "HunyuanVideo15Transformer3DModel image"])
+def test_faster_cache_that_leaves_some_inputs_whole_pairs_texts_as_stock(name: str, sparsity: float) -> None:
+    """Stock pairs the second sample's one text with the first sample's other."""
+    tiny = models.TINY[name]
+    inputs = tiny.inputs(2)
+    cache = faster_cache(inputs, _unconditional_conditional_input_kwargs_identifiers=KNOWN)
+    halves = {key: value[1:] if key in KNOWN else value[:1] for key, value in inputs.items() if torch.is_tensor(value)}
+    seen: list[Tensor] = []
+    with torch.no_grad():
+        expected, model = tiny.build(), tiny.build()
+        expected.enable_cache(cache)
+        model.enable_cache(cache)
+        enable_draft_attention(model, sparsity=sparsity, dense_layers=())
+        for built in (expected, model):
+            built.proj_out.register_forward_hook(lambda module, args, output: seen.append(output))
+            for _ in range(2):
+                built(**inputs, return_dict=False)
+        alone = tiny.build()
+        enable_draft_attention(alone, sparsity=sparsity, dense_layers=())
+        alone.proj_out.register_forward_hook(lambda module, args, output: seen.append(output))
+        alone(**halves, return_dict=False)
+    _, stock, _, draft, of_halves = seen
+    assert len(draft) == 1
+    assert error(draft, of_halves) < models.FLOAT32_ERROR
+    assert (error(draft, stock) < models.FLOAT32_ERROR) == (sparsity == 0)
 
 
 def test_saved_transformer_is_stock(tmp_path: Any) -> None:

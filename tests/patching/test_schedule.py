@@ -8,7 +8,10 @@ import models
 import pytest
 import torch
 from diffusers import (
+    ConfigMixin,
     DDIMScheduler,
+    DDPMScheduler,
+    DPMSolverMultistepScheduler,
     FlowMatchEulerDiscreteScheduler,
     FlowMatchHeunDiscreteScheduler,
     PNDMScheduler,
@@ -22,6 +25,7 @@ from PIL import Image
 import diffusers_draft
 from diffusers_draft import DraftHandle
 from diffusers_draft.attention.ops import Attended
+from diffusers_draft.patching import clock as clock_module
 from diffusers_draft.patching import dispatch
 from diffusers_draft.patching.clock import Clock
 
@@ -463,6 +467,48 @@ def test_every_forward_of_a_training_with_a_scheduler_that_counts_no_steps(steps
     check_training(enable_draft_attention(Loop(scheduler, transformer=transformer), dense_steps=0.25), transformer)
 
 
+SCHEDULERS = [models.wan_scheduler, euler, DDIMScheduler, DDPMScheduler, DPMSolverMultistepScheduler]
+
+
+@pytest.mark.parametrize("make", SCHEDULERS)
+@pytest.mark.filterwarnings("ignore:dense_steps")
+def test_a_training_without_gradients_whose_scheduler_has_every_timestep(make: Any) -> None:
+    """Each of its timesteps is one of the scheduler's, which is at none of them. The first one begins no run."""
+    transformer, scheduler = models.wan(), make()
+    scheduler.set_timesteps(1000)
+    handle = enable_draft_attention(Loop(scheduler, transformer=transformer), dense_steps=0.25)
+    seen = watch(handle, transformer)
+    timesteps = [300.0, 900.0, 600.0, 800.0, 400.0, 760.0]
+    for timestep in timesteps:
+        wan_forward(transformer, timestep)
+    assert seen == [timestep > 750 for timestep in timesteps]
+
+
+@pytest.mark.parametrize("make", SCHEDULERS)
+@pytest.mark.filterwarnings("ignore:dense_steps")
+def test_a_training_at_the_timesteps_of_a_few_steps(make: Any) -> None:
+    transformer, scheduler = models.wan(), make()
+    scheduler.set_timesteps(20)
+    handle = enable_draft_attention(Loop(scheduler, transformer=transformer), dense_steps=0.25)
+    seen = watch(handle, transformer)
+    timesteps = [float(scheduler.timesteps[step]) for step in (15, 1, 9, 2, 12)]
+    for timestep in timesteps:
+        transformer(**models.wan_inputs(1, SMALL, timestep))
+    assert seen == [timestep > 750 for timestep in timesteps]
+
+
+@pytest.mark.parametrize("make", [DDIMScheduler, DDPMScheduler])
+def test_a_loop_that_begins_late_with_a_scheduler_that_counts_no_steps(make: Any) -> None:
+    transformer, scheduler = models.wan(), make()
+    handle = enable_draft_attention(Loop(scheduler, transformer=transformer), dense_steps=0.5)
+    seen = watch(handle, transformer)
+    for _ in range(2):
+        scheduler.set_timesteps(50)
+        for timestep in scheduler.timesteps[40:]:
+            wan_forward(transformer, float(timestep))
+    assert seen == 2 * ([True] * 5 + [False] * 5)
+
+
 def check_training(handle: DraftHandle, transformer: torch.nn.Module) -> None:
     seen = watch(handle, transformer)
     timesteps = [303.0, 903.0, 603.0, 810.0, 740.0, 760.0, 5.0]
@@ -486,21 +532,67 @@ class OnGpu:
         return self.value
 
 
-def test_a_loop_on_a_gpu_waits_only_where_its_scheduler_stands_still() -> None:
+def gpu_timestep(value: float) -> Any:
+    return OnGpu(value)
+
+
+@pytest.mark.parametrize("begin", [None, 0])
+def test_a_loop_on_a_gpu_compares_timesteps(begin: int | None) -> None:
+    """Also where its scheduler has just moved: a forward for validation behind a step is none of its run."""
     scheduler = euler()
     loop = Loop(scheduler, transformer=None)
     clock = Clock(loop)
     scheduler.set_timesteps(4)
-    scheduler.set_begin_index(0)
+    if begin is not None:
+        scheduler.set_begin_index(begin)
     for step, timestep in enumerate(scheduler.timesteps):
-        for forward in range(2):
-            given: Any = OnGpu(float(timestep))
-            moment = clock.at(given)
-            assert moment is not None and moment.step == step
-            assert given.reads == forward
+        for _ in range(2):
+            moment = clock.at(gpu_timestep(float(timestep)))
+            assert moment is not None and (moment.step, moment.begin) == (step, 0)
         scheduler.step(torch.zeros(1), timestep, torch.zeros(1))
-    stale: Any = OnGpu(500.0)
+        assert clock.at(gpu_timestep(float(timestep) - 40)) is None
+    stale = gpu_timestep(500.0)
     assert clock.at(stale) is None and stale.reads == 0  # its run is over
+
+
+class Pipeline(ConfigMixin):
+    """What the clock takes for a pipeline of diffusers."""
+
+    config_name = "config.json"
+
+    def __init__(self, scheduler: Any, transformer: Any = None) -> None:
+        self.scheduler = scheduler
+        self.transformer = transformer
+        self.components = {"transformer": transformer}
+
+    def calls(self, function: Any, *args: Any, **kwargs: Any) -> Any:
+        return function(*args, **kwargs)
+
+
+def test_a_pipeline_on_a_gpu_never_waits_once_its_scheduler_counts() -> None:
+    pipe = Pipeline(euler())
+    clock = Clock(pipe)
+    pipe.scheduler.set_timesteps(4)
+    pipe.scheduler.set_begin_index(0)
+    for step, timestep in enumerate(pipe.scheduler.timesteps):
+        given = gpu_timestep(float(timestep))
+        assert pipe.calls(clock.at, given).step == step
+        assert given.reads == 0
+        pipe.scheduler.step(torch.zeros(1), timestep, torch.zeros(1))
+
+
+@pytest.mark.filterwarnings("ignore:dense_steps")
+def test_a_forward_in_a_callback_with_another_timestep_is_not_the_step_of_the_pipeline() -> None:
+    pipe = models.wan_pipeline()
+    handle = enable_draft_attention(pipe, dense_steps=0.5)
+    seen = watch(handle, pipe.transformer)
+
+    def validate(pipe: Any, step: int, timestep: int, inputs: dict[str, Any]) -> dict[str, Any]:
+        wan_forward(pipe.transformer, 100.0 if step == 0 else 990.0)
+        return inputs
+
+    run_wan(pipe, grid=SMALL, steps=4, guidance_scale=1.0, callback_on_step_end=validate)
+    assert seen == [True, False, True, True, False, True, False, True]
 
 
 def test_a_stale_scheduler_is_found_out_on_a_gpu() -> None:
@@ -510,8 +602,7 @@ def test_a_stale_scheduler_is_found_out_on_a_gpu() -> None:
     scheduler.set_timesteps(4)
     scheduler.step(torch.zeros(1), scheduler.timesteps[0], torch.zeros(1))
     for value in (999.0, 300.0, 600.0):
-        given: Any = OnGpu(value)
-        assert clock.at(given) is None
+        assert clock.at(gpu_timestep(value)) is None
 
 
 def count_reads(monkeypatch: pytest.MonkeyPatch) -> Counter[str]:
@@ -540,6 +631,7 @@ def count_reads(monkeypatch: pytest.MonkeyPatch) -> Counter[str]:
 def test_timesteps_are_read_once_in_a_run(monkeypatch: pytest.MonkeyPatch) -> None:
     pipe = models.wan_pipeline()
     handle = enable_draft_attention(pipe)
+    monkeypatch.setattr(clock_module, "_is_free_to_read", lambda tensor: False)  # as on a GPU
     reads = count_reads(monkeypatch)
     for run in (1, 2):
         run_wan(pipe, grid=SMALL, steps=6)
@@ -561,8 +653,8 @@ def test_forward_hook_reads_nothing_on_the_device(name: str, monkeypatch: pytest
     scheduler = euler()
     scheduler.set_timesteps(8)
     scheduler.set_begin_index(0)
-    loop = Loop(scheduler, transformer=transformer)
-    handle = enable_draft_attention(loop)
+    pipe = Pipeline(scheduler, transformer)
+    handle = enable_draft_attention(pipe)
 
     def attend(query: torch.Tensor, *_: object) -> Attended:
         calls.append(query)
@@ -570,9 +662,9 @@ def test_forward_hook_reads_nothing_on_the_device(name: str, monkeypatch: pytest
 
     calls: list[torch.Tensor] = []
     monkeypatch.setattr(dispatch, "attend", attend)
-    for timestep in loop.scheduler.timesteps:
+    for timestep in scheduler.timesteps:
         with torch.no_grad():
-            transformer(**inputs)
+            pipe.calls(transformer, **inputs)
         scheduler.step(torch.zeros(1), timestep, torch.zeros(1))
     dense = sum(t > tiny.dense_timestep for t in scheduler.timesteps.tolist())
     assert 0 < dense < 8

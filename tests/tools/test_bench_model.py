@@ -4,11 +4,13 @@ import dataclasses
 import functools
 import json
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 
+from diffusers_draft.attention import kernels
 from diffusers_draft.cli import bench_model, main
 from diffusers_draft.config import DraftConfig
 from diffusers_draft.tools.bench import models, predict, step
@@ -84,6 +86,35 @@ def tiny_model(name: str, monkeypatch: pytest.MonkeyPatch) -> str:
     monkeypatch.setitem(models.MODELS, "tiny", tiny)
     monkeypatch.setattr(step, "BLOCKS", 2)
     return "tiny"
+
+
+@pytest.mark.parametrize("what", ["model", "run"])
+@pytest.mark.parametrize(
+    ("backend", "message"),
+    [
+        ("fa4", "Backend 'fa4' needs flash-attn-4"),
+        ("flex", "Backend 'flex' lacks something"),
+    ],
+)
+def test_a_backend_that_cannot_run_is_found_before_the_work(
+    what: str, backend: str, message: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def work(*_: Any, **__: Any) -> Any:
+        raise AssertionError("nothing is built or timed")
+
+    def missing(name: str) -> Any:
+        if name == "fa4":
+            raise ImportError("Backend 'fa4' needs flash-attn-4: pip install it.")
+        return SimpleNamespace(refusal=lambda *_: "lacks something")
+
+    monkeypatch.setattr(bench_model, "_check", lambda *_: None)
+    monkeypatch.setattr(kernels, "load", missing)
+    for name in ("environment", "Bench", "fastest", "together"):
+        monkeypatch.setattr(bench_model, name, work)
+    with pytest.raises(SystemExit) as exit_:
+        main(["bench", what, "--backend", backend])
+    assert exit_.value.code == 2
+    assert message in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("name", ["hunyuan-13b-768p", "wan-14b-768p", "wan-5b-704p"])

@@ -5,6 +5,7 @@ import functools
 import io
 import os
 import re
+import runpy
 import signal
 import subprocess
 import sys
@@ -142,6 +143,20 @@ def test_a_file_that_cannot_be_written_is_found_before_the_work(name, tmp_path, 
     err = capsys.readouterr().err
     assert f"{name} cannot be written: it is not a file" in err and err.count("\n") == 1
     assert [path.name for path in tmp_path.iterdir()] == [name]
+
+
+def test_ctrl_c_before_the_command_begins_is_one_line(monkeypatch, capsys):
+    class Interrupted:
+        def find_spec(self, name, *_):
+            if name == "diffusers_draft.cli":
+                raise KeyboardInterrupt
+
+    monkeypatch.delitem(sys.modules, "diffusers_draft.cli")
+    monkeypatch.setattr(sys, "meta_path", [Interrupted(), *sys.meta_path])
+    with pytest.raises(SystemExit) as exit_:
+        runpy.run_module("diffusers_draft", run_name="__main__")
+    assert exit_.value.code == 130
+    assert capsys.readouterr().err == "diffusers-draft: stopped\n"
 
 
 def test_ctrl_c_is_one_line(tmp_path):

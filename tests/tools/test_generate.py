@@ -233,6 +233,7 @@ def nothing_is_loaded(monkeypatch):
         (["--guidance-scale", "nan"], "--guidance-scale: must be a finite number, got 'nan'"),
         (["--seed", str(2**64)], "--seed: must be below 2^63"),
         (["--probes", "-1"], "probes must be a whole number of rows"),
+        (["--dense-steps", "x"], "--dense-steps: must be a share of the run in [0, 1], as 0.25, got 'x'"),
     ],
 )
 def test_options_are_checked_before_the_model_is_loaded(options, message, tmp_path, nothing_is_loaded, capsys):

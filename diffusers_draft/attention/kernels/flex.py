@@ -15,6 +15,11 @@ def _compiled():
     return torch.compile(flex_attention)
 
 
+def refusal(device: torch.device, dtype: torch.dtype, head_dim: int, block: int) -> str | None:
+    """Say why this backend cannot run, or None."""
+    return f"needs float32, float16 or bfloat16, got {dtype}" if dtype == torch.float64 else None
+
+
 def forward(query: Tensor, key: Tensor, value: Tensor, mask: BlockMask, scale: float) -> Tensor:
     """Attend to the kept blocks; tensors are `(B, S, H, D)` in block order."""
     query, key, value = (tensor.transpose(1, 2) for tensor in (query, key, value))

@@ -1,4 +1,4 @@
-"""The oracle: softmax attention under the expanded mask, in float32, with everything of size S x S."""
+"""The oracle: softmax attention under the expanded mask, in float32 or float64, with everything of size S x S."""
 
 import torch
 from torch import Tensor
@@ -12,6 +12,7 @@ def forward(query: Tensor, key: Tensor, value: Tensor, mask: BlockMask, scale: f
     kept = mask.to_dense()[:, :, token_block][..., token_block]
     valid = torch.arange(mask.seq_len, device=query.device) < mask.valid_len[:, None]
     kept &= valid[:, None, None, :]
-    scores = torch.einsum("bqhd,bkhd->bhqk", query.float(), key.float()) * scale
+    dtype = torch.promote_types(query.dtype, torch.float32)
+    scores = torch.einsum("bqhd,bkhd->bhqk", query.to(dtype), key.to(dtype)) * scale
     weights = torch.softmax(scores.masked_fill(~kept, float("-inf")), dim=-1)
-    return torch.einsum("bhqk,bkhd->bqhd", weights, value.float()).to(query.dtype)
+    return torch.einsum("bhqk,bkhd->bqhd", weights, value.to(dtype)).to(query.dtype)

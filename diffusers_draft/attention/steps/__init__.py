@@ -47,9 +47,10 @@ MOST_DIMS = 128
 """Largest head_dim whose tiles fit the shared memory of every GPU that the fused steps run on."""
 
 
-def steps_for(device: torch.device, head_dim: int, differentiable: bool) -> Steps:
-    """Choose the steps: fused on GPUs, plain elsewhere, for larger heads and where gradients are needed."""
-    if differentiable or device.type != "cuda" or head_dim > MOST_DIMS or not find_spec("triton"):
+def steps_for(device: torch.device, dtype: torch.dtype, head_dim: int, differentiable: bool) -> Steps:
+    """Choose the steps: fused on GPUs; plain elsewhere, in float64, for larger heads and for gradients."""
+    fits = device.type == "cuda" and dtype != torch.float64 and head_dim <= MOST_DIMS
+    if differentiable or not fits or not find_spec("triton"):
         return plain
     from . import fused
 

@@ -97,9 +97,9 @@ def restore(out: Tensor, layout: TokenLayout, correction: Correction | None = No
 def _corrected(out: Tensor, layout: TokenLayout, correction: Correction) -> Tensor:
     by_head = out.transpose(1, 2)
     video = layout.num_video_blocks * layout.block
-    rows = by_head[:, :, :video].float()
+    rows = by_head[:, :, :video].to(correction.matrix.dtype)
     rows = rows + rows @ correction.matrix + correction.offset[:, :, None]
-    if out.dtype == torch.float16:  # bfloat16 and float32 reach as far as the sum
+    if out.dtype == torch.float16:  # the others reach as far as the sum
         largest = torch.finfo(out.dtype).max
         rows = rows.clamp(-largest, largest)
     return torch.cat([rows.to(out.dtype), by_head[:, :, video:]], dim=2).transpose(1, 2)

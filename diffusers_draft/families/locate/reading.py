@@ -18,6 +18,11 @@ def read_once(read: Callable[[Tensor], Any]) -> Callable[[Tensor], Any]:
 
     @functools.wraps(read)
     def reading(tensor: Tensor) -> Any:
+        if tensor.device.type == "meta":
+            raise ValueError(
+                "Draft attention reads masks and coordinates to find the video, and on the meta device an input has "
+                "no values. Disable it for forwards of shapes alone."
+            )
         version = None if tensor.is_inference() else tensor._version
         if tensor not in found or found[tensor][0] != version:
             found[tensor] = version, read(tensor)

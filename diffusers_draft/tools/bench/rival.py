@@ -68,7 +68,8 @@ def _check_usable(case: Case, package: Any) -> None:
 
 def _operator(case: Case, package: Any, layout: TokenLayout, sparsity: float) -> Callable[[], Tensor]:
     """Make a call that keeps as many blocks as our row budget and, as ours, all pairs with text."""
-    steps = steps_for(case.tensors[0].device, HEAD_DIM, differentiable=False)
+    query = case.tensors[0]
+    steps = steps_for(query.device, query.dtype, HEAD_DIM, differentiable=False)
     text = [layout.num_video_blocks, layout.num_blocks]
     full = [0, layout.num_blocks]
     ratio = 1 - sparsity if sparsity else 0.0  # it takes no ratio of 1
