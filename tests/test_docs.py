@@ -20,6 +20,7 @@ import torch
 from diffusers import WanPipeline
 
 from diffusers_draft import DraftConfig, cli, enable_draft_attention
+from diffusers_draft.families import families
 
 ROOT = Path(__file__).parents[1]
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", ROOT / "CHANGELOG.md", *sorted((ROOT / "docs").glob("*.md"))]
@@ -257,6 +258,18 @@ def test_the_page_of_the_report_shows_that_of_the_quickstart() -> None:
     cells = json.loads((ROOT / "notebooks" / "1-quickstart.ipynb").read_text())["cells"]
     printed = ["".join(out.get("text", "")) for cell in cells for out in cell.get("outputs", [])]
     assert shown in printed
+
+
+def test_readme_is_short_and_names_every_family() -> None:
+    readme = (ROOT / "README.md").read_text()
+    assert len(readme.splitlines()) <= 130 and len(readme.split()) <= 1000
+    for family in families().values():
+        assert f"| {family.name} |" in readme
+
+
+def test_readme_shows_the_report_that_its_page_explains() -> None:
+    (shown,) = (snippet.text for snippet in fences(ROOT / "docs" / "report.md", "") if "density" in snippet.text)
+    assert f"```\n{shown}```" in (ROOT / "README.md").read_text()
 
 
 def test_hooks_before_a_commit_have_the_versions_of_the_tests() -> None:

@@ -5,7 +5,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
-import numpy as np
+import torch
+from torch import Tensor
 
 NOISE = 0.1
 """How far a step's error usually lies from the curve, as a logarithm: the weight of the curve before a measurement."""
@@ -53,12 +54,14 @@ class ErrorCurve:
         points = [point for point in points if point.density < 1 and point.error > 0]
         if not points:
             return self
-        rows = np.array([[1.0, -math.sqrt(point.density), point.left] for point in points])
-        known = np.array([math.log(point.error / (1 - point.density)) for point in points])
-        before = np.array([self.level, self.slope, self.drift])
-        weights = NOISE / np.array(self.spread)
-        change = np.linalg.lstsq(
-            np.vstack([rows, np.diag(weights)]), np.concatenate([known - rows @ before, np.zeros(3)]), rcond=None
-        )[0]
+        rows = _vector([[1.0, -math.sqrt(point.density), point.left] for point in points])
+        known = _vector([math.log(point.error / (1 - point.density)) for point in points])
+        before = _vector([self.level, self.slope, self.drift])
+        weights = (NOISE / _vector(self.spread)) ** 2
+        change = torch.linalg.solve(rows.mT @ rows + weights.diag(), rows.mT @ (known - rows @ before))
         level, slope, drift = (before + change).tolist()
         return ErrorCurve(level, max(slope, 0.0), drift, self.spread)
+
+
+def _vector(values: Sequence[float] | list[list[float]]) -> Tensor:
+    return torch.tensor(values, dtype=torch.float64, device="cpu")

@@ -63,8 +63,8 @@ def readme_section() -> str:
         lines.append(f"| {name} | {dense:.0f} s | {draft:.0f} s | **{dense / draft:.2f}x** |")
     (pairs, psnr), (pairs_before, psnr_before) = (_fidelity(setting) for setting in (DEFAULT, FIRST_EDITION))
     cost = (
-        f"With the demo's model (64 captions, three grids) the same settings compute {pairs:.0%} of all pairs of blocks "
-        f"for a PSNR of {psnr:.1f} dB against the dense videos; those of 0.1 computed {pairs_before:.0%} for "
+        f"With the demo's model (64 captions, three grids) the same settings compute {pairs:.0%} of all pairs of "
+        f"blocks for a PSNR of {psnr:.1f} dB against the dense videos; those of 0.1 computed {pairs_before:.0%} for "
         f"{psnr_before:.1f} dB."
     )
     return "\n".join([*lines, "", *textwrap.wrap(cost, 118)])
