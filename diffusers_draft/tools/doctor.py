@@ -48,7 +48,7 @@ def facts(device: torch.device) -> dict[str, str]:
     """Collect the device, the versions of packages, and what torch was built for."""
     built = {"CUDA": torch.version.cuda, "ROCm": torch.version.hip}
     found = environment(device)
-    found["torch built for"] = next((f"{name} {version}" for name, version in built.items() if version), "CPU")
+    found["build of torch"] = next((f"{name} {version}" for name, version in built.items() if version), "CPU")
     if device.type == "cuda":
         found["compute capability"] = ".".join(map(str, torch.cuda.get_device_capability(device)))
     return found

@@ -60,9 +60,10 @@ def test_every_backend_has_a_row_on_a_cpu(no_compiler: None, capsys: pytest.Capt
 def test_versions_device_and_the_choice_of_auto_are_named(capsys: pytest.CaptureFixture[str]) -> None:
     main([*ON_CPU, "--backend", "reference"])
     printed = capsys.readouterr().out
-    found = dict(line.split(maxsplit=1) for line in printed.partition("\n\n")[0].splitlines())
+    found = {line[:18].strip(): line[19:] for line in printed.partition("\n\n")[0].splitlines()}
     assert {"device", "python", "torch", "diffusers", "accelerate", "diffusers-draft"} <= found.keys()
     assert torch.__version__.startswith(found["torch"])
+    assert found["build of torch"].split()[0] in ("CPU", "CUDA", "ROCm")
     assert "\nauto takes torch in float32: fastest that works on cpu" in printed
 
 
