@@ -10,8 +10,9 @@ from ..attention.method import format_tile, parse_tile
 from ..config import SPARSITY, parse_share
 from ..schedules import SCHEDULES
 from . import CommandError, one_line
-from .model_options import add_model_options, call, check_backend, check_packages, image, loaded
+from .model_options import add_model_options, call, check_backend, image, loaded
 from .option_types import seed
+from .packages import check_packages
 from .ranks import Ranks, add_ulysses, together
 
 

@@ -1,6 +1,8 @@
 """The doctor on a CPU: what works there, what it says of the rest, and that no failure ends it."""
 
 import json
+import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from types import ModuleType
@@ -143,3 +145,17 @@ def test_a_file_that_cannot_be_written_is_found_first(tmp_path: Path, capsys: py
         main([*ON_CPU, "--json", str(tmp_path / "missing" / "doctor.json")])
     printed, error = capsys.readouterr()
     assert printed == "" and "there is no folder" in error
+
+
+def test_it_runs_where_diffusers_and_triton_are_missing() -> None:
+    code = f"""
+import sys
+for name in ("diffusers", "accelerate", "transformers", "triton", "PIL"):
+    sys.modules[name] = None
+from diffusers_draft.cli import main
+sys.exit(main([*{ON_CPU}, "--backend", "torch", "triton"]))
+"""
+    printed = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
+    assert rows(printed)["torch"].split()[1] == "yes"
+    assert rows(printed)["triton"].split(maxsplit=3)[1:3] == ["no", "needs"]
+    assert "triton 3.5 or later" in rows(printed)["triton"]
