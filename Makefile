@@ -8,7 +8,7 @@ TORCH ?= torch==2.13.0
 
 BIN = $(VENV)/bin
 
-.PHONY: demo test lint docs bench
+.PHONY: demo test lint docs dist-check bench
 
 demo: $(VENV)/installed-demo
 	$(BIN)/diffusers-draft demo --output out
@@ -23,6 +23,9 @@ lint: $(VENV)/installed-dev
 
 docs: $(VENV)/installed-docs
 	$(BIN)/python -m sphinx -W --keep-going -n -q docs docs/_build/html
+
+dist-check: $(VENV)/installed-dev
+	.ci/dist $(BIN)/python
 
 bench: $(VENV)/installed-demo
 	$(BIN)/diffusers-draft bench attention

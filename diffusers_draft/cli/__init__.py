@@ -21,6 +21,7 @@ SUBCOMMANDS = {
     "table": "table",
     "bench": "bench",
     "models": "models",
+    "doctor": "doctor",
 }
 """Name of each subcommand -> its module in this package."""
 

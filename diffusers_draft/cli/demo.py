@@ -8,9 +8,9 @@ import numpy as np
 
 from .. import DraftConfig, enable_draft_attention
 from . import CommandError, one_line
-from .model_options import check_packages
 from .option_types import seed, whole
 from .outputs import check_output, write_output
+from .packages import check_packages
 
 FPS = 8
 VIDEO = "dense-and-draft.mp4"

@@ -8,9 +8,10 @@ from typing import Any
 from ..attention.method import format_tile
 from ..config import DraftConfig
 from . import one_line
-from .model_options import CALL, add_model_options, call, check_backend, check_packages, image, loaded, model
+from .model_options import CALL, add_model_options, call, check_backend, image, loaded, model
 from .option_types import seed, whole
 from .outputs import check_output
+from .packages import check_packages
 
 LISTS = {
     "sparsity": "for example 0.5 0.75 0.9",

@@ -11,8 +11,9 @@ from ..attention.select import BUDGETS
 from ..config import SPARSITY
 from ..schedules import SCHEDULES
 from . import CommandError, one_line
-from .model_options import add_model_options, call, check_backend, check_packages, image, loaded
+from .model_options import add_model_options, call, check_backend, image, loaded
 from .option_types import seed, share
+from .packages import check_packages
 from .ranks import Ranks, add_ulysses, together
 
 

@@ -2,7 +2,6 @@
 
 import argparse
 from collections.abc import Callable
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +10,7 @@ from PIL import Image
 
 from ..attention.method import Method
 from ..tools.generation.loading import Model, device, dtype_of, load
-from . import CommandError, one_line
+from . import one_line
 from .backends import check_runs
 from .option_types import finite, rate, whole
 
@@ -50,12 +49,6 @@ def add_model_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--fp8", action="store_true", help="store the transformer's weights in float8")
     parser.add_argument("--compile", action="store_true", help="compile the transformer's repeated blocks")
     parser.add_argument("--vae-tiling", action="store_true", help="decode the video in tiles, to save memory")
-
-
-def check_packages(extra: str, *packages: str) -> None:
-    """Raise CommandError if a package is missing; the message names the extra that installs it."""
-    if missing := [package for package in packages if find_spec(package) is None]:
-        raise CommandError(f"{', '.join(missing)} is not installed: pip install 'diffusers-draft[{extra}]'")
 
 
 def check_backend(args: argparse.Namespace, method: Method) -> None:

@@ -4,7 +4,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from . import CommandError
-from .model_options import check_packages
+from .packages import check_packages
 
 TRIAL = bytes(1 << 20)
 """Written and removed again, to find a full disk. More than any record or picture has."""

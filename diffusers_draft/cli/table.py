@@ -4,7 +4,7 @@ import argparse
 from pathlib import Path
 
 from . import CommandError, one_line
-from .model_options import check_packages
+from .packages import check_packages
 
 
 def add_parser(subparsers: argparse._SubParsersAction) -> None:

@@ -14,6 +14,7 @@ from torch.utils.benchmark import Timer
 
 PACKAGES = (
     "diffusers-draft",
+    "accelerate",
     "diffusers",
     "torch",
     "triton",
