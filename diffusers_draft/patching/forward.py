@@ -14,7 +14,7 @@ from ..attention.method import Method
 from ..attention.ops import Attended
 from .recomputation import Ran, Recomputation, in_backward
 from .records import LayerRecord
-from .turn import Turn, calls_of
+from .turn import Turn, calls_of, runs
 
 
 class AttentionCall(NamedTuple):
@@ -186,7 +186,7 @@ class Forward(LayerState):
 
     def _runs_here(self) -> bool:
         """Return True if this thread is in a forward of the transformer."""
-        return self.open and self.turn.is_held_here and calls_of(self._module(), sys._getframe()) > 0
+        return self.open and self.turn.is_held_here and runs(self._module(), sys._getframe())
 
     def _enter_again(self, layer: LayerRecord) -> None:
         """Find the state for a layer that a backward runs again."""

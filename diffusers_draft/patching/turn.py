@@ -47,7 +47,12 @@ class Turn:
 
     def _is_held(self, module: nn.Module) -> bool:
         frame = None if self._owner is None else sys._current_frames().get(self._owner)
-        return calls_of(module, frame) > 0 or _runs_compiled_code(frame)
+        return runs(module, frame)
+
+
+def runs(module: nn.Module | None, frame: FrameType | None) -> bool:
+    """Return True if a module is being called in a frame, or if compiled code may hide that."""
+    return calls_of(module, frame) > 0 or _runs_compiled_code(frame)
 
 
 def calls_of(module: nn.Module | None, frame: FrameType | None) -> int:
