@@ -12,6 +12,7 @@ from diffusers_draft.attention.block_mask import BlockMask
 from diffusers_draft.attention.correct import probe_rows
 from diffusers_draft.attention.ops import Attended, attend
 from diffusers_draft.patching.forward import AttentionCall
+from diffusers_draft.patching.report import Error
 
 pytestmark = pytest.mark.usefixtures("nan_memory")
 
@@ -100,7 +101,8 @@ def test_sparsity_0_equals_stock(name: str, batch: int) -> None:
     handle = enable_draft_attention(model, sparsity=0)
     assert error(forward(model, inputs), stock) < tiny.tolerance
     (report,) = handle.report().transformers
-    assert report.density == 1 and report.error is None and report.errors == {}
+    assert report.density == 1 and report.error == Error(0.0, 0.0)
+    assert set(report.errors.values()) == {Error(0.0, 0.0)}
 
 
 @pytest.mark.parametrize("name", TINY)
