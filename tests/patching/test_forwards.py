@@ -266,6 +266,7 @@ def test_a_backward_after_disabling_says_so(reentrant: bool) -> None:
     assert_close(stock, gradients(models.wan().train(), models.wan_inputs()))
 
 
+@pytest.mark.skipif(torch.__version__ < "2.13", reason="torch 2.8 reads no tensor under torch.func.grad, 2.13 does")
 def test_gradients_by_torch_func() -> None:
     model, inputs = fresh(), models.wan_inputs()
 
