@@ -2,7 +2,7 @@
 
 import contextlib
 import weakref
-from collections.abc import Iterable, Iterator
+from collections.abc import Collection, Iterable, Iterator
 from typing import Any
 
 from .attention.layout import Tile
@@ -71,12 +71,7 @@ class DraftHandle:
         Raises:
             RuntimeError: if called in a forward of the transformer. Those of other threads are waited for.
         """
-        for attachment in self._attachments.values():
-            check_not_running(attachment.transformer())
-        with paused(self._attachments.values()):
-            for attachment in self._attachments.values():
-                attachment.given_up = True
-                attachment.detach()
+        _give_up(self._attachments.values())
 
     @contextlib.contextmanager
     def _watched(self, hook: Hook) -> Iterator[None]:
@@ -217,9 +212,13 @@ def disable_draft_attention(pipe: Any) -> None:
         RuntimeError: if called in a forward of the transformer. Those of other threads are waited for.
     """
     transformers = [transformer for transformer, _ in known_transformers(pipe).values()]
-    for transformer in transformers:
-        check_not_running(transformer)
-    attachments = [attachment for transformer in transformers if (attachment := attachment_of(transformer))]
+    _give_up([attachment for transformer in transformers if (attachment := attachment_of(transformer))])
+
+
+def _give_up(attachments: Collection[Attachment]) -> None:
+    """Restore stock attention for good, between forwards."""
+    for attachment in attachments:
+        check_not_running(attachment.transformer())
     with paused(attachments):
         for attachment in attachments:
             attachment.given_up = True
