@@ -356,7 +356,7 @@ def block_sparse_attn(monkeypatch):
     monkeypatch.setattr(torch.ops.flash_attn, "_block_sparse_attn_forward", forward, raising=False)
     monkeypatch.delitem(sys.modules, "diffusers_draft.attention.kernels.mit", raising=False)
     yield importlib.import_module("diffusers_draft.attention.kernels.mit")
-    monkeypatch.delitem(sys.modules, "diffusers_draft.attention.kernels.mit")
+    del sys.modules["diffusers_draft.attention.kernels.mit"]  # monkeypatch would put it back for later tests
 
 
 @pytest.mark.parametrize("kv_len", [None, (717, 150)], ids=str)
