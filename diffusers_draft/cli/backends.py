@@ -16,6 +16,6 @@ def check_runs(method: Method, device: torch.device, dtype: torch.dtype, head_di
     if method.backend == "auto":
         return
     with one_line(ImportError):
-        refusal = getattr(kernels.load(method.backend), "refusal", None)
-    if refusal and (reason := refusal(device, dtype, head_dim, method.block)):
+        reason = kernels.refusal(method.backend, device, dtype, head_dim, method.block)
+    if reason:
         raise CommandError(f"Backend {method.backend!r} {reason}. Choose another backend, or 'auto'.")

@@ -1,7 +1,6 @@
 """What each backend takes on this machine, found by running its own check."""
 
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 
@@ -77,10 +76,9 @@ def failure(name: str, device: torch.device, dtype: torch.dtype, head_dim: int, 
     """Say why a backend cannot run, or return None if it ran and its numbers were right."""
     torch.compiler.reset()  # else torch stops compiling after eight variants
     try:
-        backend: Any = kernels.load(name)
-        if hasattr(backend, "refusal") and (reason := backend.refusal(device, dtype, head_dim, block)):
+        if reason := kernels.refusal(name, device, dtype, head_dim, block):
             return reason
-        probe.check(name, backend.forward, device, dtype, head_dim, block)
+        probe.check(name, kernels.load(name).forward, device, dtype, head_dim, block)
     except Exception as error:  # whatever a foreign kernel or compiler raises is a finding
         return str(error).removeprefix(f"Backend {name!r} ") or type(error).__name__
     return None

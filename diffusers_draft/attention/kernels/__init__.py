@@ -11,7 +11,7 @@ import importlib
 import logging
 from dataclasses import dataclass
 from types import ModuleType
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -126,10 +126,20 @@ def load(name: str) -> ModuleType:
         raise ImportError(f"Backend {name!r} needs {PACKAGES.get(name, 'another package')} ({error}).") from error
 
 
-def _checked(name: str, device: torch.device, dtype: torch.dtype, head_dim: int, block: int) -> Forward:
+def refusal(name: str, device: torch.device, dtype: torch.dtype, head_dim: int, block: int) -> str | None:
+    """Say why a backend cannot run, or None.
+
+    Raises:
+        ImportError: if its package is missing.
+    """
     backend = load(name)
-    if hasattr(backend, "refusal") and (reason := backend.refusal(device, dtype, head_dim, block)):
+    return backend.refusal(device, dtype, head_dim, block) if hasattr(backend, "refusal") else None
+
+
+def _checked(name: str, device: torch.device, dtype: torch.dtype, head_dim: int, block: int) -> Forward:
+    if reason := refusal(name, device, dtype, head_dim, block):
         raise RuntimeError(f"Backend {name!r} {reason}. Choose another backend, or 'auto'.")
+    backend: Any = load(name)
     if name != "reference":
         probe.check(name, backend.forward, device, dtype, head_dim, block)
     return backend.forward
