@@ -131,14 +131,14 @@ def units(captions: list[str]) -> list[Unit]:
 
 def run_unit(unit: Unit) -> list[dict[str, Any]]:
     """Make all clips of a unit and compare them with the dense ones."""
-    pipe, metrics = _tools()
+    pipe, metrics = tools()
     records = []
-    dense = _clips(pipe, unit)
+    dense = clips_of(pipe, unit)
     shown = {"dense": dense}
     for variant in unit.variants:
         with variant.in_force(), enable_draft_attention(pipe, config=variant.config) as handle:
             start = time.perf_counter()
-            clips = _clips(pipe, unit)
+            clips = clips_of(pipe, unit)
             report = handle.report()
         seconds = time.perf_counter() - start
         shown[variant.name] = clips
@@ -156,7 +156,8 @@ def run_unit(unit: Unit) -> list[dict[str, Any]]:
     return records
 
 
-def _tools() -> tuple[Any, Any]:
+def tools() -> tuple[Any, Any]:
+    """Load the pipeline and the metrics once in every process."""
     global _kept
     if _kept is None:
         from diffusers import WanPipeline
@@ -171,7 +172,8 @@ def _tools() -> tuple[Any, Any]:
 _kept: tuple[Any, Any] | None = None
 
 
-def _clips(pipe: Any, unit: Unit) -> list[np.ndarray]:
+def clips_of(pipe: Any, unit: Unit) -> list[np.ndarray]:
+    """Make the clips of a unit's captions, each from the same noise, as 8-bit RGB."""
     height, width = GRIDS[unit.grid]
     generators = [torch.Generator().manual_seed(0) for _ in unit.captions]
     options: dict[str, Any] = dict(height=height, width=width, num_frames=FRAMES, num_inference_steps=unit.steps)
@@ -207,7 +209,7 @@ def _true_errors(pipe: Any, unit: Unit) -> list[dict[str, Any]]:
         return result
 
     with enable_draft_attention(pipe) as handle, handle._watched(look):
-        _clips(pipe, unit)
+        clips_of(pipe, unit)
     return found
 
 

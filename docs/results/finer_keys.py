@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from fidelity_study import GRIDS, Unit, _clips, _tools
+from fidelity_study import GRIDS, Unit, clips_of, tools
 from torch import Tensor
 from torch.nn.functional import pad
 
@@ -89,15 +89,15 @@ def finer(keys: int):
 
 def run_unit(unit: Unit) -> list[dict[str, Any]]:
     """Make the clips of some captions, dense and with every setting, from the same noise."""
-    pipe, metrics = _tools()
-    dense, found = _clips(pipe, unit), []
+    pipe, metrics = tools()
+    dense, found = clips_of(pipe, unit), []
     for keys, sparsity in SETTINGS:
         with enable_draft_attention(pipe, sparsity, backend="triton") as handle:
             if keys == 128:
-                clips = _clips(pipe, unit)
+                clips = clips_of(pipe, unit)
             else:
                 with handle._watched(finer(keys)):
-                    clips = _clips(pipe, unit)
+                    clips = clips_of(pipe, unit)
             report = handle.report()
         for caption, clip, other in zip(unit.captions, clips, dense, strict=True):
             measured = fidelity(clip, other, metrics) | {"flicker_difference": flicker(clip) - flicker(other)}
