@@ -51,6 +51,7 @@ def run_unit(unit: Unit) -> list[dict[str, Any]]:
             {"grid": unit.grid, "steps": unit.steps, "prompt": unit.captions[0], "target": target}
             | {"reached": round(error.after, 5)}
             | {"settled": round(settled, 4), "densities": [round(forward.density, 4) for forward in run]}
+            | {"errors": [round(forward.error.after, 5) for forward in run if forward.error]}
             | {"computed": round(work(None, report)["computed"], 5)}
             | {"fixed_computed": round(work(None, fixed_report)["computed"], 5)}
             | {"psnr": round(fidelity(clip, dense, metrics)["psnr"], 3)}

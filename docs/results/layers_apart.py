@@ -1,0 +1,81 @@
+"""The study of layers apart with the demo's model: a step's pairs shared among its layers by their measured errors.
+
+Run `python docs/results/layers_apart.py --output FILE` in a checkout on a GPU. What came of it is in docs/trials.md.
+"""
+
+import argparse
+import json
+import multiprocessing
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from fidelity_study import GRIDS, Unit, clips_of, tools
+
+from diffusers_draft import enable_draft_attention
+from diffusers_draft.attention.ops import Attended, attend
+from diffusers_draft.patching.forward import AttentionCall
+from diffusers_draft.tools.bench.measure import environment
+from diffusers_draft.tools.demo.model import WEIGHTS
+from diffusers_draft.tools.evaluation.metrics import fidelity
+from diffusers_draft.tools.evaluation.study import work
+
+POWERS = (0.0, 0.5, 1.0, -0.5)
+"""The density of a layer goes with this power of its error; 0: all layers alike."""
+
+
+def sharing(power: float) -> Callable[[AttentionCall], Attended]:
+    """Make a hook that gives every layer its part of the step's density, by the errors of the step before."""
+    errors: dict[str, float] = {}
+
+    def look(seen: AttentionCall) -> Attended:
+        query, key, value, geometry, kv_len, numbers, method, scale = seen.arguments
+        sparsity, number = numbers.tolist()
+        if power and seen.path in errors:
+            weights = {path: error**power for path, error in errors.items()}
+            part = weights[seen.path] * len(weights) / sum(weights.values())
+            sparsity = max(0.0, 1 - (1 - sparsity) * part)
+        shared = numbers.new_tensor([sparsity, number])
+        result = attend(query, key, value, geometry, kv_len, shared, method, scale)
+        _, after, whole = result.squares.tolist()
+        if whole and after:
+            errors[seen.path] = (after / whole) ** 0.5
+        return result
+
+    return look
+
+
+def run_unit(unit: Unit) -> list[dict[str, Any]]:
+    """Make a caption's clip with every power and compare it with the dense one."""
+    pipe, metrics = tools()
+    (dense,), records = clips_of(pipe, unit), []
+    for power in POWERS:
+        with enable_draft_attention(pipe) as handle, handle._watched(sharing(power)):
+            (clip,), report = clips_of(pipe, unit), handle.report()
+        records.append(
+            {"grid": unit.grid, "prompt": unit.captions[0], "power": power}
+            | {"computed": round(work(None, report)["computed"], 5)}
+            | {"psnr": round(fidelity(clip, dense, metrics)["psnr"], 3)}
+        )
+    return records
+
+
+def main() -> None:
+    """Run the study."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--output", type=Path, required=True, help="JSON lines, the first with the environment")
+    parser.add_argument("--captions", type=int, default=32)
+    parser.add_argument("--processes", type=int, default=6, help="that share the GPU")
+    args = parser.parse_args()
+    captions = (WEIGHTS / "prompts.txt").read_text().splitlines()[: args.captions]
+    todo = [Unit(grid, 14, (caption,), (), False) for caption in captions for grid in GRIDS]
+    with args.output.open("a") as file, multiprocessing.get_context("spawn").Pool(args.processes) as pool:
+        file.write(json.dumps(environment(torch.device("cuda"))) + "\n")
+        for records in pool.imap(run_unit, todo):
+            file.writelines(json.dumps(record) + "\n" for record in records)
+            file.flush()
+
+
+if __name__ == "__main__":
+    main()
