@@ -8,8 +8,10 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-NOISE = 0.1
+NOISE = 0.3
 """How far a step's error usually lies from the curve, as a logarithm: the weight of the curve before a measurement."""
+VANISHING = 0.25
+"""Power of the share that is not computed with which an error goes to 0."""
 
 
 class Point(NamedTuple):
@@ -28,7 +30,9 @@ class Point(NamedTuple):
 
 @dataclass(frozen=True)
 class ErrorCurve:
-    """`error = (1 - density) exp(level - slope sqrt(density) + drift left)`: nothing at density 1.
+    """`error = (1 - density)**VANISHING * exp(level - slope sqrt(density) + drift left)`: nothing at density 1.
+
+    Of the forms with three numbers the one nearest to what the demo's model measured (`docs/results/error_study.py`).
 
     Attributes:
         level: logarithm of the error where nothing is computed and nothing of the run is left.
@@ -44,7 +48,8 @@ class ErrorCurve:
 
     def error(self, density: float, left: float) -> float:
         """Compute the error to expect of a step."""
-        return (1 - density) * math.exp(self.level - self.slope * math.sqrt(density) + self.drift * left)
+        rising = math.exp(self.level - self.slope * math.sqrt(density) + self.drift * left)
+        return (1 - density) ** VANISHING * rising
 
     def fitted(self, points: Sequence[Point]) -> "ErrorCurve":
         """Fit the curve to measured steps: least squares of logarithms, drawn to this curve by its spread.
@@ -55,7 +60,7 @@ class ErrorCurve:
         if not points:
             return self
         rows = _vector([[1.0, -math.sqrt(point.density), point.left] for point in points])
-        known = _vector([math.log(point.error / (1 - point.density)) for point in points])
+        known = _vector([math.log(point.error / (1 - point.density) ** VANISHING) for point in points])
         before = _vector([self.level, self.slope, self.drift])
         weights = (NOISE / _vector(self.spread)) ** 2
         change = torch.linalg.solve(rows.mT @ rows + weights.diag(), rows.mT @ (known - rows @ before))

@@ -226,8 +226,12 @@ def test_the_errors_that_densities_follow_are_read_back_without_waiting(monkeypa
 
     pipe = wan_pipeline(wan().to(torch.bfloat16)).to(DEVICE)
     call = type(pipe.transformer).__call__
+    calls = []
 
     def watched(*args, **kwargs):
+        calls.append(args)
+        if len(calls) == 1:  # a run's timesteps are read once
+            return call(*args, **kwargs)
         torch.cuda.set_sync_debug_mode("error")
         try:
             return call(*args, **kwargs)

@@ -62,10 +62,10 @@ def test_the_curve_finds_the_law_that_it_is_shown(level: float, slope: float, dr
     assert (found.level, found.slope, found.drift) == pytest.approx((level, slope, drift), abs=1e-3)
 
 
-def test_one_measurement_moves_the_level_and_leaves_the_rest_nearly_alone() -> None:
-    found = USUAL.fitted([Point(0.2, 0.5, 3 * USUAL.error(0.2, 0.5))])
-    assert found.error(0.2, 0.5) == pytest.approx(3 * USUAL.error(0.2, 0.5), rel=0.05)
-    assert abs(found.slope - USUAL.slope) < 0.3 and abs(found.drift - USUAL.drift) < 0.2
+def test_measurements_move_the_curve_there_and_hardly_elsewhere() -> None:
+    found = USUAL.fitted([Point(0.2, 0.5, 2 * USUAL.error(0.2, 0.5))] * 4)
+    assert found.error(0.2, 0.5) == pytest.approx(2 * USUAL.error(0.2, 0.5), rel=0.05)
+    assert abs(found.slope - USUAL.slope) < 1 and abs(found.drift - USUAL.drift) < 0.3
 
 
 def test_steps_that_skipped_nothing_teach_nothing() -> None:
@@ -79,30 +79,41 @@ def test_errors_that_rise_with_density_do_not_turn_the_curve() -> None:
 # Its decisions
 
 
-@given(
-    target=st.sampled_from([0.03, 0.05, 0.1, 0.2]),
-    level=st.floats(-2.6, -1.2),
-    slope=st.floats(0.5, 3),
-    drift=st.floats(-0.5, 0.5),
-    steps=st.integers(8, 50),
-    shape=st.sampled_from([falling, constant]),
-    seed=st.integers(0, 99),
-)
-def test_a_run_arrives_at_the_error_asked_for(
-    target: float, level: float, slope: float, drift: float, steps: int, shape: Any, seed: int
-) -> None:
-    """Unless it is at a bound: every step at the least density, or dense from some step on."""
+def arrives(law: ErrorCurve, target: float, steps: int, shape: Any, seed: int, runs: int) -> None:
+    """Assert that the last of some runs arrives at the target, unless it is at a bound."""
     generator = torch.Generator().manual_seed(seed)
-    law = ErrorCurve(level, slope, drift, spread=(1, 1, 1))
 
     def true(density: float, left: float) -> float:
         return law.error(density, left) * math.exp(0.05 * float(torch.randn((), generator=generator)))
 
-    densities, errors = simulate(Feedback(target, shape), steps, true)
-    bounded = densities[-1] in (1.0, 0.01)
-    assert bounded or mean(errors) == pytest.approx(target, rel=0.15)
-    if densities[-1] == 1.0:
-        assert mean(errors) < 1.3 * target + max(errors[:LAG]) / steps * LAG
+    feedback = Feedback(target, shape)
+    for _ in range(runs):
+        densities, errors = simulate(feedback, steps, true)
+    at_bound = densities[-1] == pytest.approx(0.01) or densities[-1] == 1
+    assert at_bound or mean(errors) == pytest.approx(target, rel=0.15)
+
+
+RUNS: dict[str, Any] = dict(
+    target=st.sampled_from([0.03, 0.05, 0.1, 0.2]), shape=st.sampled_from([falling, constant]), seed=st.integers(0, 99)
+)
+
+
+@given(
+    level=st.floats(-1.6, -0.8), slope=st.floats(3, 6), drift=st.floats(0.2, 1.2), steps=st.integers(10, 50), **RUNS
+)
+def test_the_first_run_arrives_if_the_model_is_like_those_seen(
+    level: float, slope: float, drift: float, steps: int, target: float, shape: Any, seed: int
+) -> None:
+    arrives(ErrorCurve(level, slope, drift, spread=(1, 1, 1)), target, steps, shape, seed, runs=1)
+
+
+@given(
+    level=st.floats(-3.2, -0.5), slope=st.floats(0.5, 7), drift=st.floats(-0.5, 1.5), steps=st.integers(8, 50), **RUNS
+)
+def test_a_later_run_arrives_whatever_the_model_is_like(
+    level: float, slope: float, drift: float, steps: int, target: float, shape: Any, seed: int
+) -> None:
+    arrives(ErrorCurve(level, slope, drift, spread=(1, 1, 1)), target, steps, shape, seed, runs=3)
 
 
 @pytest.mark.parametrize("steps", [1, 2, 4])
