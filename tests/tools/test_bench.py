@@ -352,8 +352,8 @@ def test_several_gpus_have_a_table_of_their_own(monkeypatch: pytest.MonkeyPatch)
     record["prediction"] |= {"gpu_speedup": 2.0, "exchange_share": 0.07}
     monkeypatch.setattr(tables, "_records", lambda: {"model-two": record})
     section, page = speed_section().splitlines(), speed_page()
-    name = "wan-14b-768p, compiled, sparsity 0.75, 2 x NVIDIA H200"
-    assert section[-1] == f"| {name} | 5000 | 2500, **2.00x** | 7% | 11424 (dense fa4) |"
+    name = "wan-14b-768p, compiled, sparsity 0.8, 2 x NVIDIA H200"
+    assert section[-1] == f"| {name} | 5000 | 2500, **2.00x** | 7% | 11481 (dense fa4) |"
     assert section[-4] == "" and section[-5].startswith("|---")  # no step of one GPU
     assert "compiled, on 2 GPUs, summed" in page
     assert "one GPU takes 5000 ms: 2 are 2.00x as fast; exchanges alone would take 7% of their time." in page
@@ -364,7 +364,7 @@ def test_records_of_the_defaults_and_of_a_rival_have_tables(monkeypatch: pytest.
     record = tables._records()["hunyuan-768p"] | {"rows": [asdict(row) for row in fake_rows()]}
     record["rows"].append(asdict(Row("without correction", "draft", 0.9, "row", Time(1.0, 1.0, 1.0, 3), 0.1, 0.0)))
     monkeypatch.setattr(tables, "_records", lambda: {"new": record})
-    assert "| 0.9 | 2.0 (sdpa) |  | 2.0 (fa4), **1.00x** |" in speed_section()
+    assert "| 0.9 | 2.0 (sdpa) | 2.0 (fa4), **1.00x** | 2.0, **1.00x** |" in speed_section()
     page = speed_page()
     assert "| of ideal | error | against dense |\n|---|---|---|---|---|---|---|---|\n" in page
     assert "| other | 0.9 | 0.110 | 2.00 (1.00 to 3.00) | 1.00x | 11% | 1e-03 | 1.0e-01 |" in page
