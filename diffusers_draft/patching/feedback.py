@@ -18,7 +18,7 @@ from ..schedules import Schedule as Shape
 from .error_curve import ErrorCurve, Point
 
 USUAL = ErrorCurve(level=-1.2, slope=4.4, drift=0.7, spread=(1.0, 2.0, 1.0))
-"""Before anything was measured: what docs/results/error_study.py found of the demo's model. Others may be far from it."""
+"""Before anything was measured: what docs/results/error_study.py found of the demo's model. Others may differ much."""
 LAG = 2
 """A step goes by the errors of steps at least so many before it: the device may still be at those in between."""
 MEMORY = 64
