@@ -58,7 +58,7 @@ class DraftHandle:
         Raises:
             RuntimeError: if no sparse step ran yet.
         """
-        steps = [forward.step for attachment in self._attachments.values() for forward in attachment.log]
+        steps = [forward.step for attachment in self._attachments.values() for forward in attachment.tally.log]
         if not steps:
             raise RuntimeError("No sparse step ran yet: run the pipeline once, then ask what sparsity it arrived at.")
         return sum(step.sparsity for step in steps) / len(steps)

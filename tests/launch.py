@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-WORLD = 4
+WORLD = 8
 STARTUP, SECONDS = 400, 400
 """The longest that imports and then any function may take, on a machine that is busy."""
 
@@ -39,8 +39,8 @@ class Pool:
             assert pipe.poll(STARTUP), "a process has not started"
             pipe.recv()
 
-    def run(self, size: int, function: str, *args: Any) -> list[Any]:
-        """Runs `ranks.function(*args)` in a group of so many ranks.
+    def run(self, size: int, function: str, *args: Any, **options: Any) -> list[Any]:
+        """Runs `ranks.function(*args, **options)` in a group of so many ranks.
 
         Returns:
             What each rank returned, or the exception that it raised.
@@ -49,7 +49,7 @@ class Pool:
         store = Path(self.folder.name) / str(self.count)
         pipes = self.pipes[:size]
         for rank, pipe in enumerate(pipes):
-            pipe.send((rank, size, store, function, args))
+            pipe.send((rank, size, store, function, args, options))
         results: dict[Connection, Any] = {}
         while len(results) < size:
             ready = wait([pipe for pipe in pipes if pipe not in results], SECONDS)
@@ -81,9 +81,9 @@ def _serve(pipe: Connection) -> None:
 
     pipe.send("ready")
     while True:
-        rank, size, store, function, args = pipe.recv()
+        rank, size, store, function, args, options = pipe.recv()
         try:
-            pipe.send(ranks.in_group(rank, size, store, function, args))
+            pipe.send(ranks.in_group(rank, size, store, function, *args, **options))
         except Exception as error:
             traceback.print_exc()
             pipe.send(error)

@@ -39,6 +39,7 @@ from diffusers_draft.attention.ranks.exchange import Exchange
 from diffusers_draft.attention.steps import plain
 from diffusers_draft.cli import main
 from diffusers_draft.config import DraftConfig
+from diffusers_draft.patching.report import ForwardReport
 from diffusers_draft.tools.bench import models as bench_models
 from diffusers_draft.tools.bench import predict as bench_predict
 from diffusers_draft.tools.bench import step as bench_step
@@ -52,14 +53,21 @@ def even_text(batch: int, grid: Grid) -> models.Inputs:
 
 
 FOUR_HEADS = dict(num_attention_heads=4, attention_head_dim=16)
+EIGHT_HEADS = dict(num_attention_heads=8, attention_head_dim=16)
 BUILD: dict[str, Callable[[], Any]] = {
     "wan 4 heads": lambda: build(WanTransformer3DModel, models._WAN | FOUR_HEADS),
     "hunyuan_video 4 heads": lambda: build(HunyuanVideoTransformer3DModel, models._HUNYUAN_VIDEO | FOUR_HEADS),
+    "wan 8 heads": lambda: build(WanTransformer3DModel, models._WAN | EIGHT_HEADS),
+    "wan 12 heads": lambda: build(WanTransformer3DModel, models._WAN | EIGHT_HEADS | dict(num_attention_heads=12)),
+    "hunyuan_video 8 heads": lambda: build(HunyuanVideoTransformer3DModel, models._HUNYUAN_VIDEO | EIGHT_HEADS),
     **{name: tiny.build for name, tiny in TINY.items()},
 }
 INPUTS: dict[str, Callable[..., models.Inputs]] = {
     "wan 4 heads": even_text,
     "hunyuan_video 4 heads": models.hunyuan_video_inputs,
+    "wan 8 heads": even_text,
+    "wan 12 heads": even_text,
+    "hunyuan_video 8 heads": models.hunyuan_video_inputs,
     **{name: tiny.inputs for name, tiny in TINY.items()},
 }
 SPARSE = dict(sparsity=0.8, dense_timestep=1000)
@@ -68,14 +76,14 @@ Outcome = tuple[Tensor, list[Tensor], str]
 """The output, `(B, H, N, N)` kept blocks of each sparse call, and the report."""
 
 
-def in_group(rank: int, size: int, store: Path, function: str, args: tuple[Any, ...]) -> Any:
+def in_group(rank: int, size: int, store: Path, function: str, *args: Any, **options: Any) -> Any:
     torch.set_num_threads(1)
     if function == "command":
         return command(rank, size, store, *args)
     seconds = datetime.timedelta(seconds=60)
     dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=size, timeout=seconds)
     try:
-        return globals()[function](*args)
+        return globals()[function](*args, **options)
     finally:
         dist.barrier()  # or a rank that fails at once is gone before the others have met it
         dist.destroy_process_group()
@@ -119,22 +127,25 @@ def _select(select: Callable[..., Any], kept: list[Tensor], *args: Any) -> Any:
     return mask
 
 
-def with_feedback(name: str, grid: Grid, splitting: bool) -> tuple[list[Tensor], list[float]]:
-    """The outputs of a run of six steps whose density follows the errors, and the densities."""
+def a_run(
+    name: str, batch: int, grid: Grid, splitting: bool, runs: int = 1, **draft: Any
+) -> tuple[list[Tensor], list[Tensor], list[ForwardReport]]:
+    """The outputs of runs of six steps, the blocks that each sparse call kept, and the report of the last run."""
     model = BUILD[name]()
     loop = models.Loop(FlowMatchEulerDiscreteScheduler(), transformer=model)
-    handle = diffusers_draft.enable_draft_attention(loop, max_error=0.04, tile=(1, 4, 4), probes=16)
+    handle = diffusers_draft.enable_draft_attention(loop, tile=(1, 4, 4), probes=16, **draft)
     if splitting:
         split(model)
-    outputs = []
-    for _ in range(2):
+    outputs, kept = [], []
+    watched = mock.patch.object(plain, "select", functools.partial(_select, plain.select, kept))
+    for _ in range(runs):
         loop.scheduler.set_timesteps(6)
         for timestep in loop.scheduler.timesteps:
-            inputs = INPUTS[name](1, grid) | {"timestep": timestep.expand(1)}
-            with torch.no_grad():
+            inputs = INPUTS[name](batch, grid) | {"timestep": timestep.expand(batch)}
+            with watched, torch.no_grad():
                 outputs.append(model(**inputs, return_dict=False)[0])
             loop.scheduler.step(torch.zeros(1), timestep, torch.zeros(1))
-    return outputs, [forward.asked for forward in handle.report().transformers[0].run]
+    return outputs, kept, list(handle.report().transformers[0].run)
 
 
 def disabled_again(name: str, grid: Grid) -> Outcome:

@@ -1,13 +1,12 @@
 """Puts draft attention into a transformer: how its layers get our attention, and how a forward learns its grid."""
 
-import collections
 import contextlib
 import math
 import sys
 import warnings
 import weakref
 from collections.abc import Iterable, Iterator
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import nn
@@ -15,15 +14,15 @@ from torch import nn
 from ..attention import kernels
 from ..config import DraftConfig
 from ..families.family import Family, inputs_of
-from .clock import Clock, Moment
+from .clock import Clock
 from .feedback import Reading
 from .forward import Forward, Hook, check_not_exporting
 from .processors import PatchedLayers
-from .records import Counts, LayerRecord, SparseForward
-from .schedule import Schedule, SparseStep
+from .schedule import Schedule
 from .shadow import Shadow
 from .splitting import originals_of, share
 from .stock_when_copied import StockWhenCopied
+from .tally import Tally
 from .turn import calls_of
 
 _shadows: weakref.WeakKeyDictionary[nn.Module, Shadow] = weakref.WeakKeyDictionary()
@@ -35,20 +34,10 @@ OUTSIDE = (
     "function around it, and disable draft attention before it is exported."
 )
 """Said by `torch.compile` and `torch.export` where they meet the hook."""
-MOST_FORWARDS = 512
-"""Sparse forwards of a run that are remembered: each holds small tensors of every layer on the device."""
-
-
-class _Counted(NamedTuple):
-    """What was being counted when a forward began within another."""
-
-    step: SparseStep | None
-    replaced: int
-    ran: dict[str, str]
 
 
 class Attachment(StockWhenCopied):
-    """Draft attention in one transformer with one group of settings: its hooks, its layers and what they counted.
+    """Draft attention in one transformer with one group of settings: its hooks and its layers.
 
     Args:
         transformer: of a known family.
@@ -60,9 +49,7 @@ class Attachment(StockWhenCopied):
         dense_layers: module paths of the layers left alone.
 
     Attributes:
-        records: of each sparse layer, by module path, in execution order.
-        counts: what happened so far.
-        log: of the latest run.
+        tally: what happened so far.
         given_up: whether whoever asked for these settings no longer wants them.
         last_grid: `(T, Y, X)` tokens of the last forward.
     """
@@ -84,17 +71,11 @@ class Attachment(StockWhenCopied):
         self.clock = clock
         self.schedule = schedule
         self.dense_layers = dense_layers
-        self.records = {path: LayerRecord(path) for path in sparse_layers}
-        self.counts = Counts()
-        self.log: collections.deque[SparseForward] = collections.deque(maxlen=MOST_FORWARDS)
+        self.tally = Tally(sparse_layers, len(dense_layers))
         self.given_up = False
         self.last_grid: tuple[int, int, int] | None = None
-        self._last_moment: Moment | None = None
-        self._step: SparseStep | None = None
-        self._replaced = 0
         self._shadow = _shadows.setdefault(transformer, Shadow(family))
         self._layers: PatchedLayers | None = None
-        self._outer: list[_Counted] = []
         self._hook: Hook | None = None
         self._handles: list[Any] = []
 
@@ -113,9 +94,9 @@ class Attachment(StockWhenCopied):
         transformer = self.transformer()
         assert transformer is not None, "the transformer is held by the caller"
         self._shadow.stop_waiting()
-        originals = originals_of(transformer, tuple(self.records))
+        originals = originals_of(transformer, tuple(self.tally.records))
         if self._layers is None or self._layers.originals != originals:
-            self._layers = PatchedLayers(transformer, originals, self._shadow, self.records)
+            self._layers = PatchedLayers(transformer, originals, self._shadow, self.tally.records)
         try:
             self._layers.put()
             self._handles.append(transformer.register_forward_pre_hook(self, with_kwargs=True))
@@ -199,77 +180,33 @@ class Attachment(StockWhenCopied):
         forward.sparse = step is not None
         if step:
             forward.numbers = torch.tensor([step.sparsity, step.number], dtype=torch.float64, device="cpu")
-        self._look_for_replaced(module)
+        self.tally.begin(forward.depth, moment, step, self._look_for_replaced(module))
         self.last_grid = video.grid
         forward.remember(inputs["timestep"])
-        self._count(moment, step)
-
-    def _count(self, moment: Moment | None, step: SparseStep | None) -> None:
-        """Count one forward and, when the scheduler has moved on, one step."""
-        del self._outer[self.forward.depth - 1 :]
-        self._outer.append(_Counted(self._step, self._replaced, {path: one.ran for path, one in self.records.items()}))
-        kind = "sparse" if step else "dense"
-        self.counts.forwards[kind] += 1
-        if moment is None or not moment.is_step_of(self._last_moment):
-            self.counts.steps[kind] += 1
-        if moment and not (self._last_moment and moment.run is self._last_moment.run):
-            self.log.clear()
-        self._last_moment, self._step = moment, step
-        for record in self.records.values():
-            record.ran = ""
 
     def end(self, output: Any) -> None:
-        """Count the calls of the forward that is over, and keep what its sparse ones left."""
+        """Count the calls of the forward that is over, and let the schedule learn what they measured."""
         try:
             if self.forward.end(output):  # not if it failed before it began, or was no new one
-                self._count_calls(failed=output is None)
-                self._go_on_with_outer()
+                ranks = self.forward.ranks if self.config.probes else None
+                calls = self.tally.end(failed=output is None, ranks=ranks)
+                if calls and self.schedule.feedback:
+                    self.schedule.feedback.note(Reading(call.squares for call in calls.values()))
         finally:
             self.forward.leave()
 
-    def _go_on_with_outer(self) -> None:
-        outer = self._outer.pop()
-        if self._outer:
-            self._step, self._replaced = outer.step, outer.replaced
-            for path, record in self.records.items():
-                record.ran = outer.ran[path]
-
-    def _count_calls(self, failed: bool) -> None:
-        ran = collections.Counter(record.ran for record in self.records.values())
-        sparse = self._step is not None
-        self.counts.calls["sparse"] += ran["sparse"]
-        self.counts.calls["step"] += 0 if sparse else ran["dense"]
-        self.counts.calls["mask"] += ran["mask"]
-        if failed:  # layers that it did not reach were not skipped
-            return
-        self.counts.calls["skipped"] += ran[""] - self._replaced
-        if len(self.records) == ran[""] > 0 and not self._replaced:
-            self.counts.skipped_forwards += 1
-        else:
-            self.counts.calls["layer"] += len(self.dense_layers)
-        if self._step and ran["sparse"]:
-            calls = {
-                path: record.call for path, record in self.records.items() if record.call and record.ran == "sparse"
-            }
-            self.log.append(SparseForward(self._step, calls))
-            if self.schedule.feedback:
-                self.schedule.feedback.note(Reading((call.squares for call in calls.values()), self.forward.ranks))
-
-    def _look_for_replaced(self, transformer: nn.Module) -> None:
-        """Notice layers whose processor somebody has replaced since: they run dense unless they are patched again."""
+    def _look_for_replaced(self, transformer: nn.Module) -> int:
+        """Count the layers whose processor somebody has replaced since. They run dense."""
         assert self._layers is not None, "attached"
         replaced = self._layers.replaced()
-        self._replaced = len(replaced)
-        if not replaced or not self.forward.sparse:
-            return
-        if not self.counts.calls["replacement"]:
+        if replaced and self.forward.sparse and not self.tally.counts.calls["replacement"]:
             found = type(replaced[0]).__name__
             warnings.warn(
                 f"{len(replaced)} attention layers of {type(transformer).__name__} lost draft attention: something "
                 f"put {found} in its place. They run without it. Undo that, or enable draft attention again.",
                 stacklevel=2,
             )
-        self.counts.calls["replacement"] += len(replaced)
+        return len(replaced)
 
 
 class _End(StockWhenCopied):

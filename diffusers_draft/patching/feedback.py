@@ -11,7 +11,6 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from torch import Tensor
 
 from ..schedules import Schedule as Shape
@@ -30,15 +29,14 @@ class Reading:
     """The errors that a forward has measured, on their way from the device.
 
     Args:
-        squares: of each layer's sparse call, as `attention.ops.Attended` has them.
-        ranks: that share the heads, if the model is split.
+        squares: of each layer's sparse call, as `attention.ops.Attended` has them, of all heads.
     """
 
-    def __init__(self, squares: Iterable[Tensor], ranks: dist.ProcessGroup | None) -> None:
+    def __init__(self, squares: Iterable[Tensor]) -> None:
         by_device: dict[torch.device, list[Tensor]] = {}
         for vector in squares:
             by_device.setdefault(vector.device, []).append(vector.detach())
-        self._parts = [_start(torch.stack(vectors), ranks) for vectors in by_device.values()]
+        self._parts = [_start(torch.stack(vectors)) for vectors in by_device.values()]
 
     @functools.cached_property
     def error(self) -> float | None:
@@ -56,9 +54,7 @@ class Reading:
         return sum(finite) / len(finite) if finite else None
 
 
-def _start(squares: Tensor, ranks: dist.ProcessGroup | None) -> tuple[Tensor, torch.cuda.Event | None]:
-    if ranks is not None:
-        dist.all_reduce(squares, group=ranks)
+def _start(squares: Tensor) -> tuple[Tensor, torch.cuda.Event | None]:
     if squares.device.type != "cuda":
         return squares, None
     host = torch.empty(squares.shape, dtype=squares.dtype, pin_memory=True)

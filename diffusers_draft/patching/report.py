@@ -199,7 +199,8 @@ def report_on(component: str, attachment: Attachment, components: Components | N
         attachment: its settings.
         components: of the pipeline; None where there is none.
     """
-    records, counts, log = attachment.records, attachment.counts, tuple(attachment.log)
+    tally = attachment.tally
+    records, counts, log = tally.records, tally.counts, tuple(tally.log)
     block = attachment.config.block
     last = {path: record.call for path, record in records.items() if record.call}
     calls = [*last.values(), *(call for forward in log for call in forward.calls.values())]

@@ -200,13 +200,13 @@ def test_a_loop_without_a_known_run_settles() -> None:
 
 def test_a_reading_is_the_mean_over_layers() -> None:
     squares = [torch.tensor([9.0, 4.0, 100.0]), torch.tensor([9.0, 1.0, 100.0]), torch.zeros(3)]
-    assert Reading(squares, None).error == pytest.approx((0.2 + 0.1 + 0) / 3)
+    assert Reading(squares).error == pytest.approx((0.2 + 0.1 + 0) / 3)
 
 
 def test_layers_that_are_not_finite_are_left_out() -> None:
     broken = [torch.tensor([1.0, math.nan, 1.0]), torch.tensor([1.0, math.inf, 1.0])]
-    assert Reading([*broken, torch.tensor([9.0, 4.0, 100.0])], None).error == pytest.approx(0.2)
-    assert Reading(broken, None).error is None
+    assert Reading([*broken, torch.tensor([9.0, 4.0, 100.0])]).error == pytest.approx(0.2)
+    assert Reading(broken).error is None
 
 
 # Whole runs

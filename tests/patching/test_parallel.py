@@ -10,7 +10,7 @@ import torch
 from diffusers import ContextParallelConfig
 from launch import Pool, pool
 from models import FLOAT32_ERROR, RAGGED, TINY, Grid, error
-from ranks import HALF, SPARSE, Outcome, baseline, how, outcome, with_feedback
+from ranks import HALF, SPARSE, Outcome, a_run, baseline, how, outcome
 from torch import Tensor
 
 from diffusers_draft import enable_parallelism
@@ -30,15 +30,21 @@ DENSE_STEP = dict(sparsity=0.8, dense_timestep=0)
 
 
 def check(found: list[Any], expected: Outcome) -> None:
-    for rank in found:
-        if isinstance(rank, Exception):
-            raise rank
+    for rank in results(found):
         assert error(rank[0], expected[0]) < FLOAT32_ERROR
     if not expected[1]:
         assert not any(rank[1] for rank in found)
         return
     for calls in zip(*(_of_layers(rank[1], len(expected[1])) for rank in found), expected[1], strict=True):
         assert torch.equal(torch.cat(calls[:-1], dim=1), calls[-1])
+
+
+def results(found: list[Any]) -> list[Any]:
+    """What ranks returned; raises what one raised."""
+    for rank in found:
+        if isinstance(rank, Exception):
+            raise rank
+    return found
 
 
 def _of_layers(kept: list[Tensor], layers: int) -> list[Tensor]:
@@ -60,14 +66,35 @@ def test_as_in_one_process(pool: Pool, name: str, ranks: int, draft: Any) -> Non
 @pytest.mark.parametrize("name", ["wan 4 heads", "hunyuan_video 4 heads"])
 def test_ranks_follow_the_errors_of_all_heads(pool: Pool, name: str) -> None:
     """As one process does, which sees all heads: every rank alike, or they would wait for each other for ever."""
-    case = (name, (3, 24, 32))
-    outputs, densities = with_feedback(*case, False)
-    assert len(set(densities)) > 3
-    for rank in pool.run(2, "with_feedback", *case, True):
-        if isinstance(rank, Exception):
-            raise rank
-        assert rank[1] == pytest.approx(densities, abs=1e-4)
+    case, knob = (name, 1, (3, 24, 32)), dict(max_error=0.04, runs=2)
+    outputs, _, run = a_run(*case, False, **knob)
+    assert len({forward.asked for forward in run}) > 3
+    for rank in results(pool.run(2, "a_run", *case, True, **knob)):
+        assert [forward.asked for forward in rank[2]] == pytest.approx([forward.asked for forward in run], abs=1e-4)
         assert all(error(found, right) < FLOAT32_ERROR for found, right in zip(rank[0], outputs, strict=True))
+
+
+@pytest.mark.parametrize("name", ["wan 8 heads", "hunyuan_video 8 heads"])
+def test_a_run_over_eight_ranks(pool: Pool, name: str) -> None:
+    """With the correction, a falling schedule, and two samples, whose texts have different lengths."""
+    case = (name, 2, (4, 14, 17))
+    outputs, kept, run = a_run(*case, False, sparsity=0.7)
+    assert len({forward.density for forward in run}) > 3
+    ranks = results(pool.run(8, "a_run", *case, True, sparsity=0.7))
+    for found, _, forwards in ranks:
+        assert all(error(one, right) < FLOAT32_ERROR for one, right in zip(found, outputs, strict=True))
+        assert [forward.density for forward in forwards] == pytest.approx([forward.density for forward in run])
+    for calls in zip(*(rank[1] for rank in ranks), kept, strict=True):
+        assert torch.equal(torch.cat(calls[:-1], dim=1), calls[-1])
+        assert [forward.error.after for forward in forwards] == pytest.approx(
+            [one.error.after for one in run], rel=1e-4
+        )
+
+
+def test_eight_ranks_need_heads_that_eight_divides(pool: Pool) -> None:
+    for found in pool.run(8, "outcome", "wan 12 heads", 1, (4, 14, 17), SPARSE, "before"):
+        assert isinstance(found, ValueError)
+        assert re.search("ulysses_degree=8 does not divide the 12 heads.*Use one of 2, 3, 4, 6, 12", str(found))
 
 
 SPLIT = [name for name, family in families().items() if not isinstance(family.split, Refusal)]

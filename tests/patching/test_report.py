@@ -14,7 +14,7 @@ from diffusers_draft import DraftConfig
 from diffusers_draft.attention import kernels
 from diffusers_draft.attention.block_mask import BlockMask
 from diffusers_draft.attention.ops import Attended, attend
-from diffusers_draft.patching import attachment
+from diffusers_draft.patching import tally
 from diffusers_draft.patching.forward import AttentionCall
 from diffusers_draft.patching.report import TransformerReport
 
@@ -160,8 +160,8 @@ def test_forwards_of_other_sizes_and_lengths_are_read_together(
 
 
 def test_the_latest_forwards_are_remembered(monkeypatch: pytest.MonkeyPatch) -> None:
-    assert f"at most the last {attachment.MOST_FORWARDS}" in str(TransformerReport.__doc__)
-    monkeypatch.setattr(attachment, "MOST_FORWARDS", 3)
+    assert f"at most the last {tally.MOST_FORWARDS}" in str(TransformerReport.__doc__)
+    monkeypatch.setattr(tally, "MOST_FORWARDS", 3)
     model = models.wan()
     handle = diffusers_draft.enable_draft_attention(model)
     for timestep in (900, 700, 500, 300, 100):

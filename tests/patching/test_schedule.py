@@ -669,4 +669,4 @@ def test_forward_hook_reads_nothing_on_the_device(name: str, monkeypatch: pytest
     dense = sum(t > tiny.dense_timestep for t in scheduler.timesteps.tolist())
     assert 0 < dense < 8
     assert len(calls) == (8 - dense) * (len(tiny.layers) - len(tiny.dense_layers))
-    assert handle._attachments["transformer"].counts.forwards == {"dense": dense, "sparse": 8 - dense}
+    assert handle._attachments["transformer"].tally.counts.forwards == {"dense": dense, "sparse": 8 - dense}

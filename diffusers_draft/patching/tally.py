@@ -1,0 +1,117 @@
+"""Counts what happens in a transformer, forward by forward."""
+
+import collections
+from collections.abc import Iterable
+from typing import NamedTuple
+
+import torch
+import torch.distributed as dist
+
+from .clock import Moment
+from .records import Counts, LayerRecord, SparseCall, SparseForward
+from .schedule import SparseStep
+
+MOST_FORWARDS = 512
+"""Sparse forwards of a run that are remembered: each holds small tensors of every layer on the device."""
+
+
+class _Running(NamedTuple):
+    """A forward that is being counted.
+
+    Attributes:
+        step: what it is to do, None if it is dense.
+        replaced: layers whose processor somebody has replaced.
+        around: how the layers had run, by path, of the forward that it runs within.
+    """
+
+    step: SparseStep | None
+    replaced: int
+    around: dict[str, str]
+
+
+class Tally:
+    """What happened in one transformer with one group of settings.
+
+    Args:
+        sparse_layers: module paths of the patched layers, in execution order.
+        dense_layers: how many layers were left alone.
+
+    Attributes:
+        records: of each sparse layer, by module path.
+        counts: what happened so far.
+        log: sparse forwards of the latest run.
+    """
+
+    def __init__(self, sparse_layers: Iterable[str], dense_layers: int) -> None:
+        self.records = {path: LayerRecord(path) for path in sparse_layers}
+        self.counts = Counts()
+        self.log: collections.deque[SparseForward] = collections.deque(maxlen=MOST_FORWARDS)
+        self._dense_layers = dense_layers
+        self._last_moment: Moment | None = None
+        self._running: list[_Running] = []
+
+    def begin(self, depth: int, moment: Moment | None, step: SparseStep | None, replaced: int) -> None:
+        """Count one forward and, when the scheduler has moved on, one step.
+
+        Args:
+            depth: forwards that run by now, each within the one before.
+            moment: of this one, None if unknown.
+            step: what it is to do, None if it is dense.
+            replaced: layers whose processor somebody has replaced.
+        """
+        del self._running[depth - 1 :]  # what was interrupted never ended
+        around = {path: record.ran for path, record in self.records.items()} if self._running else {}
+        self._running.append(_Running(step, replaced, around))
+        kind = "sparse" if step else "dense"
+        self.counts.forwards[kind] += 1
+        self.counts.calls["replacement"] += replaced if step else 0
+        if moment is None or not moment.is_step_of(self._last_moment):
+            self.counts.steps[kind] += 1
+        if moment and not (self._last_moment and moment.run is self._last_moment.run):
+            self.log.clear()
+        self._last_moment = moment
+        for record in self.records.values():
+            record.ran = ""
+
+    def end(self, failed: bool, ranks: dist.ProcessGroup | None) -> dict[str, SparseCall]:
+        """Count the calls of the forward that is over, and keep what its sparse ones left.
+
+        Args:
+            failed: whether it ended with an error.
+            ranks: that have measured the errors of a share of the heads each.
+
+        Returns:
+            The sparse calls by module path; none if it failed.
+        """
+        forward = self._running.pop()
+        self._count_calls(forward, failed)
+        calls = {path: one.call for path, one in self.records.items() if one.call and one.ran == "sparse"}
+        if failed or not forward.step:
+            calls = {}
+        elif calls:
+            calls = _of_all_heads(calls, ranks) if ranks else calls
+            self.log.append(SparseForward(forward.step, calls))
+        for path, ran in forward.around.items():
+            self.records[path].ran = ran
+        return calls
+
+    def _count_calls(self, forward: _Running, failed: bool) -> None:
+        ran = collections.Counter(record.ran for record in self.records.values())
+        counts = self.counts
+        counts.calls["sparse"] += ran["sparse"]
+        counts.calls["step"] += 0 if forward.step else ran["dense"]
+        counts.calls["mask"] += ran["mask"]
+        if failed:  # layers that it did not reach were not skipped
+            return
+        counts.calls["skipped"] += ran[""] - forward.replaced
+        if len(self.records) == ran[""] > 0 and not forward.replaced:
+            counts.skipped_forwards += 1
+        else:
+            counts.calls["layer"] += self._dense_layers
+
+
+def _of_all_heads(calls: dict[str, SparseCall], ranks: dist.ProcessGroup) -> dict[str, SparseCall]:
+    """Add up what the ranks have measured, all layers in one exchange."""
+    squares = torch.stack([call.squares for call in calls.values()])
+    dist.all_reduce(squares, group=ranks)
+    return {path: call._replace(squares=row) for (path, call), row in zip(calls.items(), squares, strict=True)}
