@@ -84,7 +84,7 @@ def wan_i2v(folder: Path) -> Path:
     return folder
 
 
-def hunyuan_video(folder: Path) -> Path:
+def hunyuan_video(folder: Path, **sizes: int) -> Path:
     system = DEFAULT_PROMPT_TEMPLATE["template"].partition("{}")[0]
     # The pipeline cuts off as many tokens as the real tokenizer makes of the system's part.
     before = DEFAULT_PROMPT_TEMPLATE["crop_start"] - (len(tokenizer()(system).input_ids) - 1)
@@ -102,7 +102,7 @@ def hunyuan_video(folder: Path) -> Path:
         tokenizer_2=tokenizer(),
         vae=seeded(lambda config: AutoencoderKLHunyuanVideo(**config), vae),
         scheduler=FlowMatchEulerDiscreteScheduler(shift=7.0),
-        transformer=models.hunyuan_video(),
+        transformer=models.hunyuan_video(**sizes),
     )
     pipe.save_pretrained(folder)
     return folder

@@ -51,10 +51,10 @@ def test_an_error_of_any_rank_reaches_the_user(pool: Pool, model: Path, tmp_path
     assert any(re.search(r"error: \[rank \d of 2\] 2 GPUs cannot share 663 tokens equally", rank[2]) for rank in found)
 
 
-def torchrun(model: Path, output: Path, steps: str) -> subprocess.Popen[str]:
-    """Starts the command in two processes."""
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
-    command += ["-m", "diffusers_draft", "generate", "--model", str(model), *SMALL[:-1], steps, "--ulysses", "2"]
+def torchrun(model: Path, output: Path, steps: str, ranks: str = "2") -> subprocess.Popen[str]:
+    """Starts the command in some processes."""
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", ranks]
+    command += ["-m", "diffusers_draft", "generate", "--model", str(model), *SMALL[:-1], steps, "--ulysses", ranks]
     environment = os.environ | {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
     return subprocess.Popen([*command, "--output", output], stderr=subprocess.PIPE, text=True, env=environment)
 
@@ -69,8 +69,11 @@ def test_an_error_of_one_rank_ends_the_command(model: Path, tmp_path: Path) -> N
     assert f"error: [rank 0 of 2] {folder} is a folder" in errors
 
 
-def test_a_killed_rank_ends_the_command(model: Path, tmp_path: Path) -> None:
-    process = torchrun(model, tmp_path / "never.mp4", "100000")
+def test_a_killed_rank_ends_the_command(tmp_path_factory: pytest.TempPathFactory, tmp_path: Path) -> None:
+    """One of eight."""
+    folder = tmp_path_factory.mktemp("models") / "hunyuan_video"
+    checkpoints.hunyuan_video(folder, num_attention_heads=8)
+    process = torchrun(folder, tmp_path / "never.mp4", "100000", ranks="8")
     assert process.stderr is not None
     for line in iter(lambda: process.stderr.read(80), ""):
         if re.search(r" [2-9]/100000", line):
