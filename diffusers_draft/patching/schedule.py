@@ -95,11 +95,10 @@ class Schedule:
         self._warn_of_unknown_run()
         limit = self._limit_alone
         top = None if self._shape is constant else self._top_timestep
-        if top is None and limit == math.inf:
-            return SparseStep(self._sparsity_at(None, [1.0], 0, least), 0)
-        if timestep.device.type == "meta":  # it has no value, and shapes are the same
+        tells = top is not None or limit < math.inf
+        if tells and timestep.device.type == "meta":  # it has no value, and shapes are the same
             return None
-        value = float(timestep.max())
+        value = float(timestep.max()) if tells else 0.0
         if value > limit:
             return None
         if top is None:

@@ -9,6 +9,7 @@ import argparse
 import json
 import math
 import multiprocessing
+import statistics
 import time
 from pathlib import Path
 from typing import Any
@@ -17,6 +18,7 @@ import torch
 from fidelity_study import GRIDS, Unit, clips_of, tools
 
 from diffusers_draft import enable_draft_attention
+from diffusers_draft.patching.feedback import LAG
 from diffusers_draft.tools.bench.measure import environment
 from diffusers_draft.tools.demo.model import WEIGHTS
 from diffusers_draft.tools.evaluation.metrics import fidelity
@@ -60,14 +62,76 @@ def run_unit(unit: Unit) -> list[dict[str, Any]]:
     return records
 
 
+def packed(records: list[dict[str, Any]], facts: dict[str, Any]) -> dict[str, Any]:
+    """Put the records of clips together.
+
+    Args:
+        records: the JSON lines.
+        facts: what a reader must know of them.
+
+    Returns:
+        `facts`; `captions`; and `settings`, each with `grid`, `steps`, `target` and `clips`: caption's number, error
+        reached, whether the density was at a bound, share of all pairs with and without feedback, and both PSNR.
+    """
+    captions = list(dict.fromkeys(record["prompt"] for record in records))
+    settings: dict[tuple[str, int, float], dict[str, Any]] = {}
+    for one in records:
+        key = one["grid"], one["steps"], one["target"]
+        entry = settings.setdefault(key, dict(zip(("grid", "steps", "target"), key, strict=True)) | {"clips": []})
+        bounded = len(set(one["densities"][2 * LAG :])) == 1
+        numbers = [one[name] for name in ("computed", "fixed_computed", "psnr", "fixed_psnr")]
+        entry["clips"].append([captions.index(one["prompt"]), one["reached"], bounded, *numbers])
+    return facts | {"captions": captions, "settings": list(settings.values())}
+
+
+def table(record: dict[str, Any]) -> str:
+    """Return a row in Markdown for each number of steps and target, of all grids."""
+    lines = [
+        "| steps | asked for | reached, mean | within 15 % of it | share of pairs | PSNR | beside that mean, fixed |",
+        "|---|---|---|---|---|---|---|",
+    ]
+    kinds = sorted(
+        {(one["steps"], one["target"]) for one in record["settings"]}, key=lambda kind: (kind[0] != 14, kind)
+    )
+    for steps, target in kinds:
+        clips = [
+            clip
+            for one in record["settings"]
+            if (one["steps"], one["target"]) == (steps, target)
+            for clip in one["clips"]
+        ]
+        free = [clip for clip in clips if not clip[2]]
+        gains = [clip[5] - clip[6] for clip in clips]
+        interval = 1.96 * statistics.stdev(gains) / math.sqrt(len(gains))
+        near = sum(abs(clip[1] / target - 1) <= 0.15 for clip in free)
+        cells = [
+            str(steps),
+            f"{target:g}",
+            f"{statistics.mean(clip[1] for clip in clips):.3f}",
+            f"{near} of {len(free)}",
+        ]
+        cells.append(f"{statistics.mean(clip[3] for clip in clips):.3f}")
+        cells.append(f"{statistics.mean(clip[5] for clip in clips):.1f}")
+        cells.append(f"{statistics.mean(gains):+.2f} ± {interval:.2f}")
+        lines.append(f"| {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
 def main() -> None:
-    """Run the study."""
+    """Run the study, or put its lines together."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--output", type=Path, required=True, help="JSON lines, the first with the environment")
+    parser.add_argument("--pack", type=Path, help="put these JSON lines together in the output, and print their table")
     parser.add_argument("--captions", type=int, default=64)
     parser.add_argument("--minutes", type=float, default=math.inf, help="begin no caption after this time")
     parser.add_argument("--processes", type=int, default=6, help="that share the GPU")
     args = parser.parse_args()
+    if args.pack:
+        facts, *records = map(json.loads, args.pack.read_text().splitlines())
+        record = packed(records, {"environment": facts})
+        args.output.write_text(json.dumps(record) + "\n")
+        print(table(record))
+        return
     todo = units((WEIGHTS / "prompts.txt").read_text().splitlines()[: args.captions])
     begin = time.perf_counter()
     context = multiprocessing.get_context("spawn")

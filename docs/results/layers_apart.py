@@ -1,6 +1,6 @@
 """The study of layers apart with the demo's model: a step's pairs shared among its layers by their measured errors.
 
-Run `python docs/results/layers_apart.py --output FILE` in a checkout on a GPU. What came of it is in docs/trials.md.
+Run `python docs/results/layers_apart.py --output FILE` in a checkout on a GPU; docs/trials.md has what came of it.
 """
 
 import argparse
@@ -61,20 +61,29 @@ def run_unit(unit: Unit) -> list[dict[str, Any]]:
     return records
 
 
+def packed(records: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Put the clips of each grid and power together: share of the pairs and PSNR of one caption after the other."""
+    found = []
+    for grid in GRIDS:
+        for power in POWERS:
+            clips = [[one["computed"], one["psnr"]] for one in records if (one["grid"], one["power"]) == (grid, power)]
+            found.append({"grid": grid, "power": power, "clips": clips})
+    return found
+
+
 def main() -> None:
     """Run the study."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--output", type=Path, required=True, help="JSON lines, the first with the environment")
+    parser.add_argument("--output", type=Path, required=True, help="a JSON file")
     parser.add_argument("--captions", type=int, default=32)
     parser.add_argument("--processes", type=int, default=6, help="that share the GPU")
     args = parser.parse_args()
     captions = (WEIGHTS / "prompts.txt").read_text().splitlines()[: args.captions]
     todo = [Unit(grid, 14, (caption,), (), False) for caption in captions for grid in GRIDS]
-    with args.output.open("a") as file, multiprocessing.get_context("spawn").Pool(args.processes) as pool:
-        file.write(json.dumps(environment(torch.device("cuda"))) + "\n")
-        for records in pool.imap(run_unit, todo):
-            file.writelines(json.dumps(record) + "\n" for record in records)
-            file.flush()
+    with multiprocessing.get_context("spawn").Pool(args.processes) as pool:
+        records = [record for found in pool.imap(run_unit, todo) for record in found]
+    facts = {"environment": environment(torch.device("cuda")), "captions": captions, "settings": packed(records)}
+    args.output.write_text(json.dumps(facts) + "\n")
 
 
 if __name__ == "__main__":
