@@ -12,14 +12,10 @@ from torch import Tensor
 from ..attention import kernels
 from ..config import DraftConfig
 from .attachment import Attachment
+from .chart import chart
 from .components import Components, is_in
 from .records import SparseCall
 from .schedule import SparseStep
-
-BARS = " ▁▂▃▄▅▆▇█"
-"""Heights of a chart's bars; the first is nothing."""
-WIDTH = 64
-"""Bars of a chart at most: those of longer runs are means of several steps."""
 
 
 @dataclass(frozen=True)
@@ -151,7 +147,7 @@ class TransformerReport:
             total, video = self.blocks
             lines.append(f"  blocks    {total} of {config.block} tokens, {video} of them video")
         lines.append(f"  density   {self._density_line()}")
-        lines += _chart([(forward.step, forward.density) for forward in self.run])
+        lines += _bars([(forward.step, forward.density) for forward in self.run])
         if self.error and self.worst_layer:
             worst = self.errors[self.worst_layer]
             asked = "" if config.max_error is None else f" (asked for {config.max_error:g})"
@@ -159,7 +155,7 @@ class TransformerReport:
                 f"  error     {self.error.before:.3f} before correction, {self.error.after:.3f} after{asked}; worst "
                 f"layer {self.worst_layer}: {worst.before:.3f}, {worst.after:.3f}"
             )
-            lines += _chart([(forward.step, forward.error.after) for forward in self.run if forward.error])
+            lines += _bars([(forward.step, forward.error.after) for forward in self.run if forward.error])
         lines.append(f"  layers    {len(self.densities)} sparse, {len(self.dense_layers)} dense")
         lines.append(f"  steps     {self.steps['sparse']} sparse, {self.steps['dense']} dense")
         dense = ", ".join(f"{count} by {reason}" for reason, count in self.dense_calls.items() if count)
@@ -275,16 +271,9 @@ def _error(before: float, after: float, whole: float) -> Error | None:
     return Error(math.sqrt(before / whole), math.sqrt(after / whole)) if whole else None
 
 
-def _chart(values: Iterable[tuple[int, float]]) -> list[str]:
-    """Draw a value over the steps of a run as a line of bars; nothing if it stays the same."""
-    steps = [_mean([value for _, value in group]) for _, group in itertools.groupby(values, key=lambda pair: pair[0])]
-    width = -(-len(steps) // WIDTH) or 1
-    means = [_mean(steps[first : first + width]) for first in range(0, len(steps), width)]
-    highest = max(filter(math.isfinite, means), default=0.0)
-    if len(set(means)) < 2 or not highest:
-        return []
-    heights = [math.ceil(mean / highest * (len(BARS) - 1)) if math.isfinite(mean) else None for mean in means]
-    return ["            " + "".join("?" if height is None else BARS[height] for height in heights)]
+def _bars(values: Iterable[tuple[int, float]]) -> list[str]:
+    bars = chart(values)
+    return [f"            {bars}"] if bars else []
 
 
 def _mean(values: Sequence[float]) -> float:
