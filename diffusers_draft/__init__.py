@@ -8,7 +8,7 @@ if TYPE_CHECKING:
     from .attention import draft_attention
     from .config import DraftConfig
 
-__version__ = "0.2.0.dev0"
+__version__ = "0.2.0"
 __all__ = [
     "DraftConfig",
     "DraftHandle",

@@ -25,7 +25,7 @@ class DraftConfig(Method):
         max_error: instead of `sparsity`, the error to arrive at, in (0, 1): the mean over a run's sparse steps of the
             relative error of the corrected attention outputs, as the probes measure it and the report shows it. After
             each step the density of those to come is set anew.
-        schedule: how the density goes over the run: `"falling"` starts dense and ends sparse around that mean,
+        schedule: how the density goes over the run: `"falling"` starts denser and ends sparser than that mean,
             `"constant"`, or `"paper"`: the dense steps and layers of the paper's code for the model family, then
             constant.
         score: what ranks a pair of blocks: `"value"`, the draft's mass times how far the block's mean value lies from

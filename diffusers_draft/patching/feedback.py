@@ -8,10 +8,10 @@ import functools
 import math
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
-from typing import Any
 
 import torch
 from torch import Tensor
+from torch.utils.weak import WeakTensorKeyDictionary
 
 from ..schedules import Schedule as Shape
 from .error_curve import ErrorCurve, Point
@@ -77,10 +77,75 @@ class _Step:
         return sum(errors) / len(errors) if errors else None
 
 
+class _Run:
+    """A run as far as it has come.
+
+    Args:
+        start: what is known of errors when it begins.
+        whole: whether all its steps are known, as those of a pipeline are.
+
+    Attributes:
+        at: its latest step, counted among the sparse ones.
+        steps: those that had a sparse forward.
+    """
+
+    def __init__(self, start: ErrorCurve, whole: bool) -> None:
+        self._start = start
+        self._whole = whole
+        self._mean: float | None = None
+        self.at: int | None = None
+        self.steps: list[_Step] = []
+
+    def learned(self) -> ErrorCurve:
+        """Tell what is known of errors after all its steps."""
+        return self._start.fitted(_points(self.steps))
+
+    def density(self, target: float, shape: Shape, left: Sequence[float], index: int, least: float) -> float:
+        """Choose the density of its next step; see `Feedback.density`."""
+        curve = self._start.fitted(_points(self._known()))
+        budget = self._budget(target, curve, len(left) - index) if self._whole else target * len(left)
+        ahead = range(index, len(left)) if self._whole else range(len(left))
+
+        def densities(mean: float) -> list[float]:
+            return [max(least, density) for density in shape(mean, left)]
+
+        def too_much(mean: float) -> bool:
+            chosen = densities(mean)
+            return sum(curve.error(chosen[step], left[step]) for step in ahead) > budget
+
+        self._mean = self._toward(_smallest(too_much, least), left[index] / left[0])
+        density = densities(self._mean)[index]
+        self.at = index
+        self.steps.append(_Step(density, left[index]))
+        if not self._whole:
+            del self.steps[:-MEMORY]
+        return density
+
+    def _toward(self, mean: float, left: float) -> float:
+        """Go to another mean, in the second half of a run less and less of the way.
+
+        The last steps would otherwise leave the shape to make up for every small deviation before them.
+        """
+        if self._mean is None or not self._whole:
+            return mean
+        share = min(1.0, 2 * left)
+        return self._mean ** (1 - share) * mean**share
+
+    def _known(self) -> list[_Step]:
+        return self.steps[: max(0, len(self.steps) - LAG + 1)]
+
+    def _budget(self, target: float, curve: ErrorCurve, ahead: int) -> float:
+        """Compute the sum of errors that is left for the steps ahead. Steps that a cache skipped do not count."""
+        known = [error for step in self._known() if (error := step.error()) is not None]
+        underway = self.steps[len(self._known()) :]
+        spent = sum(known) + sum(curve.error(step.density, step.left) for step in underway)
+        return target * (len(known) + len(underway) + ahead) - spent
+
+
 class Feedback:
     """Sets the density of every step so that the mean error of a run arrives at a target.
 
-    A run begins with what the one before it has learned.
+    A run begins with what the one before it has learned. Runs may take turns, as those of several requests do.
 
     Args:
         target: mean over a run's sparse steps of the mean over layers of the relative error after correction.
@@ -90,72 +155,40 @@ class Feedback:
     def __init__(self, target: float, shape: Shape) -> None:
         self._target = target
         self._shape = shape
-        self._learned = USUAL
-        self._run: Any = None
-        self._at: int | None = None
-        self._mean: float | None = None
-        self._steps: list[_Step] = []
+        self._runs = WeakTensorKeyDictionary()
+        self._unknown: _Run | None = None
+        self._latest: _Run | None = None
 
-    def density(self, run: Any, left: Sequence[float], index: int, least: float) -> float:
+    def density(self, run: Tensor | None, left: Sequence[float], index: int, least: float) -> float:
         """Choose the density of a step.
 
         Args:
-            run: what tells runs apart; None where no run is known, and every step goes by what was measured so far.
+            run: its timesteps, which tell runs apart; None where no run is known, and every step goes by what was
+                measured so far.
             left: share of the run that is left at each of its sparse steps.
             index: of the step among them. A step's later forwards get the density of its first.
             least: the least density that there can be.
         """
-        if self._steps and run is self._run and index == self._at:
-            return self._steps[-1].density
-        if run is not self._run or (run is not None and self._at is not None and index < self._at):
-            self._begin(run)
-        curve = self._learned.fitted(_points(self._known()))
-        budget = self._target * len(left) if run is None else self._budget(curve, len(left) - index)
-        ahead = range(len(left)) if run is None else range(index, len(left))
-
-        def densities(mean: float) -> list[float]:
-            return [max(least, density) for density in self._shape(mean, left)]
-
-        def too_much(mean: float) -> bool:
-            chosen = densities(mean)
-            return sum(curve.error(chosen[step], left[step]) for step in ahead) > budget
-
-        self._mean = self._toward(_smallest(too_much, least), index, left)
-        density = densities(self._mean)[index]
-        self._at = index
-        self._steps.append(_Step(density, left[index]))
-        if run is None:
-            del self._steps[:-MEMORY]
-        return density
+        current = self._latest = self._run_of(run, index)
+        if index == current.at:
+            return current.steps[-1].density
+        return current.density(self._target, self._shape, left, index, least)
 
     def note(self, reading: Reading) -> None:
         """Remember what a forward of the latest step has measured."""
-        self._steps[-1].readings.append(reading)
+        assert self._latest is not None, "its density was chosen"
+        self._latest.steps[-1].readings.append(reading)
 
-    def _begin(self, run: Any) -> None:
-        """Begin a run with what all of the last one has taught."""
-        self._learned = self._learned.fitted(_points(self._steps))
-        self._run, self._at, self._mean, self._steps = run, None, None, []
-
-    def _toward(self, mean: float, index: int, left: Sequence[float]) -> float:
-        """Go to another mean, in the second half of a run less and less of the way.
-
-        The last steps would otherwise leave the shape to make up for every small deviation before them.
-        """
-        if self._mean is None or self._run is None:
-            return mean
-        share = min(1.0, 2 * left[index] / left[0])
-        return self._mean ** (1 - share) * mean**share
-
-    def _known(self) -> list[_Step]:
-        return self._steps[: max(0, len(self._steps) - LAG + 1)]
-
-    def _budget(self, curve: ErrorCurve, ahead: int) -> float:
-        """Compute the sum of errors that is left for the steps ahead. Steps that a cache skipped do not count."""
-        known = [error for step in self._known() if (error := step.error()) is not None]
-        underway = self._steps[len(self._known()) :]
-        spent = sum(known) + sum(curve.error(step.density, step.left) for step in underway)
-        return self._target * (len(known) + len(underway) + ahead) - spent
+    def _run_of(self, run: Tensor | None, index: int) -> _Run:
+        """Find a run, or begin it with all that the latest one has taught."""
+        found: _Run | None = self._unknown if run is None else self._runs.get(run)
+        if found is None or (run is not None and found.at is not None and index < found.at):
+            found = _Run(self._latest.learned() if self._latest else USUAL, whole=run is not None)
+            if run is None:
+                self._unknown = found
+            else:
+                self._runs[run] = found
+        return found
 
 
 def _points(steps: Iterable[_Step]) -> list[Point]:

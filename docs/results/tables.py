@@ -63,9 +63,9 @@ def readme_section() -> str:
         lines.append(f"| {name} | {dense:.0f} s | {draft:.0f} s | **{dense / draft:.2f}x** |")
     (pairs, psnr), (pairs_before, psnr_before) = (_fidelity(setting) for setting in (DEFAULT, FIRST_EDITION))
     cost = (
-        f"With the demo's model (64 captions, three grids) the same settings compute {pairs:.0%} of all pairs of "
-        f"blocks for a PSNR of {psnr:.1f} dB against the dense videos; those of 0.1 computed {pairs_before:.0%} for "
-        f"{psnr_before:.1f} dB."
+        f"With the demo's model (64 captions, three grids) the defaults, `sparsity=0.8`, compute {pairs:.0%} of all "
+        f"pairs of blocks for a PSNR of {psnr:.1f} dB against the dense videos; those of version 0.1.0 computed "
+        f"{pairs_before:.0%} for {psnr_before:.1f} dB."
     )
     return "\n".join([*lines, "", *textwrap.wrap(cost, 118)])
 
@@ -97,14 +97,14 @@ def speed_section() -> str:
         "|---|---|---|---|---|---|",
         *(line for record in records.values() if "rows" in record for line in _shape(record)),
         "",
-        "| One step of a model | best dense, ms | draft, ms | of it attention | 50 steps, s | memory, GiB |",
+        "| One forward of a model | best dense, ms | draft, ms | of it attention | 50 steps, s | memory, GiB |",
         "|---|---|---|---|---|---|",
         *(_step(record) for record in records.values() if "prediction" in record and not _gpus(record)),
     ]
     if over_gpus := [_over_gpus(record) for record in records.values() if _gpus(record)]:
         lines += [
             "",
-            "| One step, all sparse | one GPU, ms | several, ms | exchanges if alone | best dense on as many, ms |",
+            "| One forward, all sparse | one GPU, ms | several, ms | exchanges if alone | best dense on as many, ms |",
             "|---|---|---|---|---|",
             *over_gpus,
         ]

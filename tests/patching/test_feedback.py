@@ -1,7 +1,7 @@
 """`max_error`: the curve that is fitted, what it decides, and what whole runs arrive at."""
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import models
@@ -38,7 +38,7 @@ def simulate(
     feedback: Feedback, steps: int, true: Callable[[float, float], float], least: float = 0.01
 ) -> tuple[list[float], list[float]]:
     """Run a model whose errors follow a law; return its densities and errors."""
-    run, left = object(), left_of(steps)
+    run, left = torch.empty(0), left_of(steps)
     densities, errors = [], []
     for step in range(steps):
         densities.append(feedback.density(run, left, step, least))
@@ -138,7 +138,7 @@ def test_a_step_goes_by_step_numbers_and_not_by_what_has_arrived() -> None:
             assert begun >= self.step + LAG
             return 0.07
 
-    feedback, run, left = Feedback(0.05, falling), object(), left_of(10)
+    feedback, run, left = Feedback(0.05, falling), torch.empty(0), left_of(10)
     for step in range(10):
         begun = step
         feedback.density(run, left, step, 0.01)
@@ -147,32 +147,49 @@ def test_a_step_goes_by_step_numbers_and_not_by_what_has_arrived() -> None:
 
 
 def test_forwards_of_a_step_get_one_density_and_count_as_their_mean() -> None:
-    once, twice, left = Feedback(0.05, falling), Feedback(0.05, falling), left_of(8)
+    once, twice, left, run = Feedback(0.05, falling), Feedback(0.05, falling), left_of(8), torch.empty(0)
     for step in range(8):
-        density = once.density("run", left, step, 0.01)
-        assert twice.density("run", left, step, 0.01) == density
+        density = once.density(run, left, step, 0.01)
+        assert twice.density(run, left, step, 0.01) == density
         once.note(Told(0.06))
         twice.note(Told(0.04))
-        assert twice.density("run", left, step, 0.01) == density
+        assert twice.density(run, left, step, 0.01) == density
         twice.note(Told(0.08))
 
 
 def test_a_run_that_begins_again_is_a_new_one() -> None:
     """A loop that does not set its timesteps anew."""
-    feedback, left = Feedback(0.1, falling), left_of(6)
-    first = feedback.density("run", left, 0, 0.01)
+    feedback, left, run = Feedback(0.1, falling), left_of(6), torch.empty(0)
+    first = feedback.density(run, left, 0, 0.01)
     for step in range(6):
-        feedback.density("run", left, step, 0.01)
+        feedback.density(run, left, step, 0.01)
         feedback.note(Told(0.3))
-    assert feedback.density("run", left, 0, 0.01) > first
-    assert feedback.density("run", left, 1, 0.01) < 1
+    assert feedback.density(run, left, 0, 0.01) > first
+    assert feedback.density(run, left, 1, 0.01) < 1
+
+
+def test_a_run_goes_on_whatever_runs_in_between() -> None:
+    """Several requests of a server; each has timesteps of its own."""
+
+    def steps_of(feedback: Feedback, level: float) -> Iterator[float]:
+        run, left = torch.empty(0), left_of(10)
+        for step in range(10):
+            density = feedback.density(run, left, step, 0.01)
+            feedback.note(Told(ErrorCurve(level, 4.0, 0.5, (1, 1, 1)).error(density, left[step])))
+            yield density
+
+    alone = list(steps_of(Feedback(0.1, falling), -1.0))
+    feedback = Feedback(0.1, falling)
+    first, second = steps_of(feedback, -1.0), steps_of(feedback, -1.6)
+    begun = next(first)
+    assert [begun, *(density for density, _ in zip(first, second, strict=False))] == alone
 
 
 def test_steps_without_a_measurement_do_not_count() -> None:
     """Those that a cache skipped, and those with nothing but NaN."""
-    feedback, left, errors = Feedback(0.05, falling), left_of(30), []
+    feedback, left, run, errors = Feedback(0.05, falling), left_of(30), torch.empty(0), []
     for step in range(30):
-        density = feedback.density("run", left, step, 0.01)
+        density = feedback.density(run, left, step, 0.01)
         if step % 3 == 1:
             continue
         if step % 3 == 2:

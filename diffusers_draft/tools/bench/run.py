@@ -4,6 +4,7 @@ import contextlib
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
+from statistics import fmean
 from typing import Any
 
 import torch
@@ -28,8 +29,8 @@ class Run:
     Attributes:
         name: dense attention or draft attention, and with what.
         steps: denoising steps of the run.
-        step_s: seconds of each step that was timed. All steps of a dense run cost the same, so a few of them may do.
-        seconds: of all steps.
+        step_s: seconds of each step that was timed. Of a dense run a few may do.
+        seconds: of all steps; the mean of those that were timed stands for all.
         densities: of the forwards, as measured; None for dense attention.
         config: the settings; None for dense attention.
         memory_gib: peak memory beyond weights and inputs, on a GPU.
@@ -74,8 +75,7 @@ class Bench:
                 stack.enter_context(handle._watched(through(kernel)))
             self._call(1, "warm-up")
             run = self._timed(STOCK if kernel is None else f"dense {kernel}", timed)
-        each = sorted(run.step_s)[len(run.step_s) // 2]
-        return replace(run, steps=steps, seconds=sum(run.step_s) if timed == steps else steps * each)
+        return replace(run, steps=steps, seconds=steps * fmean(run.step_s))
 
     def draft(self, name: str, config: DraftConfig, steps: int) -> Run:
         """Run with draft attention; compile and choose kernels before."""
