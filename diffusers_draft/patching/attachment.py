@@ -93,12 +93,12 @@ class Attachment(StockWhenCopied):
         """Put the processors and the hooks in place, or nothing if any of it fails."""
         transformer = self.transformer()
         assert transformer is not None, "the transformer is held by the caller"
-        self._shadow.stop_waiting()
         originals = originals_of(transformer, tuple(self.tally.records))
         if self._layers is None or self._layers.originals != originals:
             self._layers = PatchedLayers(transformer, originals, self._shadow, self.tally.records)
         try:
             self._layers.put()
+            self._shadow.stop_waiting(self._layers.modules())
             self._handles.append(transformer.register_forward_pre_hook(self, with_kwargs=True))
             self._handles.append(transformer.register_forward_hook(_End(self), always_call=True))
         except BaseException:
@@ -106,11 +106,13 @@ class Attachment(StockWhenCopied):
             raise
         self.forward.attached = True
         self.forward.method = self.config.method.to_tensor()
+        self.forward.paths = frozenset(self.tally.records)
         self.forward.hook = self._hook
 
     def detach(self) -> None:
         """Restore every stock processor that is still replaced by ours. Harmless when done twice."""
-        if self.attached:
+        attached = self.attached
+        if attached:
             # Whoever keeps one of our processors and puts it back gets dense attention.
             self.forward.attached = self.forward.sparse = False
             self.forward.hook = None
@@ -118,7 +120,8 @@ class Attachment(StockWhenCopied):
             self._handles.pop().remove()
         if self._layers is not None:
             self._layers.take_back()
-            self._shadow.await_backward(self._layers.modules())
+            if attached:
+                self._shadow.await_backward(self._layers.modules())
 
     @contextlib.contextmanager
     def watched(self, hook: Hook) -> Iterator[None]:
@@ -166,14 +169,20 @@ class Attachment(StockWhenCopied):
 
     def _learn(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         forward, inputs = self.forward, inputs_of(module, args, kwargs)
-        if forward.repeat(inputs["timestep"]):
-            forward.remember(inputs["timestep"])
-            return
+        if "timestep" not in inputs:
+            raise TypeError(
+                f"{type(module).__name__} was called with {', '.join(inputs)}, and without an argument named "
+                "timestep. Draft attention finds the video in the arguments by the names of diffusers' class."
+            )
+        repeated = forward.repeat(inputs["timestep"])
         video = self.family.video(inputs, module.config)
         forward.geometry = torch.tensor([*video.grid, video.prefix], device="cpu")
         assert self._layers is not None, "attached"
         share(forward, module, self.family, self._layers.processors, inputs, video)
         forward.kv_len = video.kv_len
+        if repeated:
+            forward.remember(inputs["timestep"])
+            return
         moment = self.clock.at(inputs["timestep"])
         step = self.schedule.at(moment, inputs["timestep"], min(1.0, self.config.block / math.prod(video.grid)))
         self.clock.note(moment)
@@ -189,9 +198,9 @@ class Attachment(StockWhenCopied):
         try:
             if self.forward.end(output):  # not if it failed before it began, or was no new one
                 ranks = self.forward.ranks if self.config.probes else None
-                calls = self.tally.end(failed=output is None, ranks=ranks)
-                if calls and self.schedule.feedback:
-                    self.schedule.feedback.note(Reading(call.squares for call in calls.values()))
+                sparse = self.tally.end(failed=output is None, ranks=ranks)
+                if sparse and sparse.step.asked:
+                    sparse.step.asked.readings.append(Reading(call.squares for call in sparse.calls.values()))
         finally:
             self.forward.leave()
 

@@ -132,7 +132,9 @@ class Clock:
         some timestep of a training happens to be one of its own. Loops go forward, without gradients, and in steps
         that are further apart than timesteps are rounded.
         """
-        if _counts(scheduler) or getattr(scheduler, "begin_index", None) is not None or not self._scheduler_units:
+        if not self._scheduler_units:  # nothing can be compared
+            return not torch.is_grad_enabled()
+        if _counts(scheduler) or getattr(scheduler, "begin_index", None) is not None:
             return True
         run = scheduler.timesteps
         if step == 0:  # the noisiest one is dense either way

@@ -57,7 +57,7 @@ class Reading:
 def _start(squares: Tensor) -> tuple[Tensor, torch.cuda.Event | None]:
     if squares.device.type != "cuda":
         return squares, None
-    host = torch.empty(squares.shape, dtype=squares.dtype, pin_memory=True)
+    host = torch.empty(squares.shape, dtype=squares.dtype, device="cpu", pin_memory=True)
     with torch.cuda.device(squares.device):
         host.copy_(squares, non_blocking=True)
         event = torch.cuda.Event()
@@ -66,7 +66,15 @@ def _start(squares: Tensor) -> tuple[Tensor, torch.cuda.Event | None]:
 
 
 @dataclass
-class _Step:
+class AskedStep:
+    """A step whose density was chosen by errors.
+
+    Attributes:
+        density: that was chosen.
+        left: share of the run that was left when it began.
+        readings: what its forwards have measured.
+    """
+
     density: float
     left: float
     readings: list[Reading] = field(default_factory=list)
@@ -94,14 +102,14 @@ class _Run:
         self._whole = whole
         self._mean: float | None = None
         self.at: int | None = None
-        self.steps: list[_Step] = []
+        self.steps: list[AskedStep] = []
 
     def learned(self) -> ErrorCurve:
         """Tell what is known of errors after all its steps."""
         return self._start.fitted(_points(self.steps))
 
-    def density(self, target: float, shape: Shape, left: Sequence[float], index: int, least: float) -> float:
-        """Choose the density of its next step; see `Feedback.density`."""
+    def next_step(self, target: float, shape: Shape, left: Sequence[float], index: int, least: float) -> AskedStep:
+        """Choose the density of its next step; see `Feedback.step`."""
         curve = self._start.fitted(_points(self._known()))
         budget = self._budget(target, curve, len(left) - index) if self._whole else target * len(left)
         ahead = range(index, len(left)) if self._whole else range(len(left))
@@ -114,12 +122,11 @@ class _Run:
             return sum(curve.error(chosen[step], left[step]) for step in ahead) > budget
 
         self._mean = self._toward(_smallest(too_much, least), left[index] / left[0])
-        density = densities(self._mean)[index]
         self.at = index
-        self.steps.append(_Step(density, left[index]))
+        self.steps.append(AskedStep(densities(self._mean)[index], left[index]))
         if not self._whole:
             del self.steps[:-MEMORY]
-        return density
+        return self.steps[-1]
 
     def _toward(self, mean: float, left: float) -> float:
         """Go to another mean, in the second half of a run less and less of the way.
@@ -131,7 +138,7 @@ class _Run:
         share = min(1.0, 2 * left)
         return self._mean ** (1 - share) * mean**share
 
-    def _known(self) -> list[_Step]:
+    def _known(self) -> list[AskedStep]:
         return self.steps[: max(0, len(self.steps) - LAG + 1)]
 
     def _budget(self, target: float, curve: ErrorCurve, ahead: int) -> float:
@@ -159,25 +166,21 @@ class Feedback:
         self._unknown: _Run | None = None
         self._latest: _Run | None = None
 
-    def density(self, run: Tensor | None, left: Sequence[float], index: int, least: float) -> float:
-        """Choose the density of a step.
+    def step(self, run: Tensor | None, left: Sequence[float], index: int, least: float) -> AskedStep:
+        """Choose the density of a step; whoever runs it adds what its forwards measure.
 
         Args:
             run: its timesteps, which tell runs apart; None where no run is known, and every step goes by what was
                 measured so far.
             left: share of the run that is left at each of its sparse steps.
-            index: of the step among them. A step's later forwards get the density of its first.
+            index: of the step among them. A step's later forwards get the density of its first; where no run is
+                known, each is a step.
             least: the least density that there can be.
         """
         current = self._latest = self._run_of(run, index)
-        if index == current.at:
-            return current.steps[-1].density
-        return current.density(self._target, self._shape, left, index, least)
-
-    def note(self, reading: Reading) -> None:
-        """Remember what a forward of the latest step has measured."""
-        assert self._latest is not None, "its density was chosen"
-        self._latest.steps[-1].readings.append(reading)
+        if run is not None and index == current.at:
+            return current.steps[-1]
+        return current.next_step(self._target, self._shape, left, index, least)
 
     def _run_of(self, run: Tensor | None, index: int) -> _Run:
         """Find a run, or begin it with all that the latest one has taught."""
@@ -191,7 +194,7 @@ class Feedback:
         return found
 
 
-def _points(steps: Iterable[_Step]) -> list[Point]:
+def _points(steps: Iterable[AskedStep]) -> list[Point]:
     measured = ((step, step.error()) for step in steps)
     return [Point(step.density, step.left, error) for step, error in measured if error is not None]
 

@@ -53,6 +53,7 @@ class LayerState:
         method: likewise.
         shared: where the forward is split over GPUs, an empty tensor as long as the sequence that they share.
         whole_text: whether every GPU has tokens behind those.
+        paths: module paths of the layers that have draft attention.
         layer: the record of the layer that is running.
         hook: looks into every call of the patched layers, or stands in for it.
     """
@@ -65,6 +66,7 @@ class LayerState:
         self.method = Method().to_tensor()
         self.shared: Tensor | None = None
         self.whole_text = False
+        self.paths: frozenset[str] = frozenset()
         self.layer = LayerRecord("")
         self.hook: Hook | None = None
 
@@ -199,6 +201,7 @@ class Forward(LayerState):
             return
         self._repeated.state = state.copied()
         self._repeated.state.layer = LayerRecord(layer.path)
+        self._repeated.state.sparse &= layer.path in state.paths  # it may have been in dense_layers
 
 
 def check_not_exporting() -> None:

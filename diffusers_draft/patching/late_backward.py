@@ -19,12 +19,23 @@ class LateBackward(StockWhenCopied):
 
     Args:
         forward: remembers those forwards.
-        layers: that had draft attention.
     """
 
-    def __init__(self, forward: Forward, layers: Iterable[nn.Module]) -> None:
+    def __init__(self, forward: Forward) -> None:
         self._forward = weakref.ref(forward)
-        self._handles = [layer.register_forward_pre_hook(self) for layer in layers]
+        self._handles: dict[int, Any] = {}
+
+    def watch(self, layers: Iterable[nn.Module]) -> None:
+        """Begin with layers that had draft attention."""
+        for layer in layers:
+            if id(layer) not in self._handles:
+                self._handles[id(layer)] = layer.register_forward_pre_hook(self)
+
+    def leave(self, layers: Iterable[nn.Module]) -> None:
+        """Take the hooks of some layers away."""
+        for layer in layers:
+            if (handle := self._handles.pop(id(layer), None)) is not None:
+                handle.remove()
 
     def __call__(self, module: nn.Module, args: tuple[Any, ...]) -> None:
         """Go, if no graph is left.
@@ -36,14 +47,14 @@ class LateBackward(StockWhenCopied):
         if torch.compiler.is_compiling():
             return
         if forward is None or not forward.is_awaited:
-            self.remove()
+            self._leave_all()
         elif in_backward() and forward.was_sparse:
             raise RuntimeError(
                 "A backward runs attention layers again that were sparse, and draft attention was disabled before the "
-                "backward. Leave it on until the backward is over."
+                "backward, at least there. Leave it on until the backward is over."
             )
 
-    def remove(self) -> None:
-        """Take the hooks away."""
-        while self._handles:
-            self._handles.pop().remove()
+    def _leave_all(self) -> None:
+        for handle in self._handles.values():
+            handle.remove()
+        self._handles.clear()

@@ -65,7 +65,10 @@ class Ran(Generic[State]):
 
 
 class Recomputation(Generic[State]):
-    """Remembers the states of forwards, and finds the one that a backward repeats."""
+    """Remembers the states of forwards, and finds the one that a backward repeats.
+
+    Other threads may remember theirs meanwhile: what is searched is a copy.
+    """
 
     def __init__(self) -> None:
         self._ran: collections.deque[Ran[State]] = collections.deque(maxlen=MOST_FORWARDS)
@@ -74,15 +77,18 @@ class Recomputation(Generic[State]):
         """Remember the forward that begins."""
         begin = torch.autograd._get_sequence_nr()
         ran = Ran(state, timestep.detach().clone(), threading.get_ident(), in_backward(), begin)
-        latest = list(self._ran)[-MOST_WITHOUT_NODES:]
-        if len(latest) < MOST_WITHOUT_NODES or any(one.begin != begin or one.thread != ran.thread for one in latest):
-            self._ran.append(ran)
+        latest = tuple(self._ran)[-MOST_WITHOUT_NODES:]
+        if len(latest) == MOST_WITHOUT_NODES and all(
+            one.begin == begin and one.thread == ran.thread for one in latest
+        ):
+            self._ran.remove(latest[0])
+        self._ran.append(ran)
         return ran
 
     @property
     def awaited(self) -> bool:
         """Whether the graph of any forward is alive: its backward may come."""
-        return any(ran.graph() is not None for ran in self._ran)
+        return any(ran.graph() is not None for ran in tuple(self._ran))
 
     def of_layer(self) -> State | None:
         """Find the forward that a layer repeats; None if nothing tells."""
@@ -98,7 +104,7 @@ class Recomputation(Generic[State]):
         inside = _latest(self._at(node))
         candidates = self._just_behind(node)
         if inside is not None:
-            candidates = [ran for ran in self._ran if ran.thread == inside.thread and ran.begin <= inside.begin]
+            candidates = [ran for ran in tuple(self._ran) if ran.thread == inside.thread and ran.begin <= inside.begin]
         same = [ran for ran in candidates if _same(ran.timestep, timestep)]
         return None if not same else (same[-1] if inside is not None else same[0]).state
 
@@ -107,7 +113,7 @@ class Recomputation(Generic[State]):
         if node is None:
             return []
         number, again = node._sequence_nr(), _is_nested(node)
-        over = (ran for ran in self._ran if ran.again == again and ran.end is not None)
+        over = (ran for ran in tuple(self._ran) if ran.again == again and ran.end is not None)
         return [ran for ran in over if ran.begin <= number < (ran.end or 0)]
 
     def _just_behind(self, node: Any) -> list[Ran[State]]:
@@ -115,7 +121,7 @@ class Recomputation(Generic[State]):
         if node is None:
             return []
         again = _is_nested(node)
-        return [ran for ran in self._ran if ran.again == again and ran.begin == node._sequence_nr() + 1]
+        return [ran for ran in tuple(self._ran) if ran.again == again and ran.begin == node._sequence_nr() + 1]
 
 
 def in_backward() -> bool:
@@ -138,6 +144,7 @@ def _latest(found: "list[Ran[State]]") -> "Ran[State] | None":
     return next(reversed(own or found), None)
 
 
+@torch.compiler.disable
 def _is_nested(node: Any) -> bool:
     """Return True if what a reentrant checkpoint ran again made a node, whose backward runs within its own."""
     frame: FrameType | None = sys._getframe()

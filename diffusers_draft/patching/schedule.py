@@ -11,7 +11,7 @@ from ..families.family import Family
 from ..schedules import SCHEDULES, constant
 from ..schedules import Schedule as Shape
 from .clock import Moment
-from .feedback import Feedback
+from .feedback import AskedStep, Feedback
 
 ALONE = 100
 """Steps that a run is thought to have where nobody knows it, evenly spread over the noise."""
@@ -25,10 +25,12 @@ class SparseStep(NamedTuple):
     Attributes:
         sparsity: share of the pairs of video blocks to skip.
         number: of the step, the same whenever the run is repeated.
+        asked: where the density follows errors, what waits for those of this step.
     """
 
     sparsity: float
     number: int
+    asked: AskedStep | None = None
 
 
 def share_left(moment: Moment) -> list[float]:
@@ -63,11 +65,6 @@ class Schedule:
         self._top_timestep = top_timestep
         self._warned = False
 
-    @property
-    def feedback(self) -> Feedback | None:
-        """What is to learn the errors that forwards measure, if anything is."""
-        return self._goal if isinstance(self._goal, Feedback) else None
-
     def at(self, moment: Moment | None, timestep: Tensor, least: float = LEAST) -> SparseStep | None:
         """Tell what a forward is to do; None if it is dense.
 
@@ -89,7 +86,7 @@ class Schedule:
         if step < first:
             return None
         left = share_left(moment)[first - moment.begin :]
-        return SparseStep(self._sparsity_at(moment.run, left, step - first, least), step)
+        return self._step(moment.run, left, step - first, least, number=step)
 
     def _alone(self, timestep: Tensor, least: float) -> SparseStep | None:
         self._warn_of_unknown_run()
@@ -102,12 +99,12 @@ class Schedule:
         if value > limit:
             return None
         if top is None:
-            return SparseStep(self._sparsity_at(None, [1.0], 0, least), 0)
+            return self._step(None, [1.0], 0, least, number=0)
         left = [share / ALONE for share in range(ALONE, -1, -1) if share / ALONE * top <= limit]
         if not left:
             return None
         index = min(range(len(left)), key=lambda index: abs(left[index] - value / top))
-        return SparseStep(self._sparsity_at(None, left, index, least), index)
+        return self._step(None, left, index, least, number=index)
 
     @property
     def _limit_alone(self) -> float:
@@ -118,12 +115,13 @@ class Schedule:
             return self._dense_timestep
         return (1 - self._dense_steps) * self._top_timestep
 
-    def _sparsity_at(self, run: Tensor | None, left: list[float], index: int, least: float) -> float:
+    def _step(self, run: Tensor | None, left: list[float], index: int, least: float, number: int) -> SparseStep:
         if isinstance(self._goal, Feedback):
-            return 1 - self._goal.density(run, left, index, least)
+            asked = self._goal.step(run, left, index, least)
+            return SparseStep(1 - asked.density, number, asked)
         if self._shape is constant:
-            return self._goal
-        return max(0.0, 1 - self._shape(1 - self._goal, left)[index])
+            return SparseStep(self._goal, number)
+        return SparseStep(max(0.0, 1 - self._shape(1 - self._goal, left)[index]), number)
 
     @property
     def _never_dense(self) -> bool:

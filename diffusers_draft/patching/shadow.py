@@ -43,7 +43,7 @@ class Shadow:
         self._classes: dict[type, type[DraftProcessor]] = {}
         self._modules: dict[str, types.ModuleType] = {}
         self._forget: weakref.finalize | None = None
-        self._late: LateBackward | None = None
+        self._late = LateBackward(self.forward)
 
     def class_for(self, stock: type) -> "type[DraftProcessor]":
         """Get the subclass of a stock processor class."""
@@ -54,14 +54,12 @@ class Shadow:
 
     def await_backward(self, layers: list[nn.Module]) -> None:
         """Let layers that have lost draft attention refuse a backward of what they did with it, if one may come."""
-        if self._late is None and self.forward.is_awaited:
-            self._late = LateBackward(self.forward, layers)
+        if self.forward.is_awaited:
+            self._late.watch(layers)
 
-    def stop_waiting(self) -> None:
-        """Let them do what they will: they have draft attention again."""
-        if self._late is not None:
-            self._late.remove()
-            self._late = None
+    def stop_waiting(self, layers: list[nn.Module]) -> None:
+        """Let layers do what they will: they have draft attention again."""
+        self._late.leave(layers)
 
     def show(self, transformer: nn.Module) -> None:
         """Put the modules in `sys.modules`: `torch.compile` looks up a function's globals by module name."""

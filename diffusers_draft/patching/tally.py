@@ -6,6 +6,7 @@ from typing import NamedTuple
 
 import torch
 import torch.distributed as dist
+from torch.utils.weak import WeakTensorKeyDictionary
 
 from .clock import Moment
 from .records import Counts, LayerRecord, SparseCall, SparseForward
@@ -21,12 +22,26 @@ class _Running(NamedTuple):
     Attributes:
         step: what it is to do, None if it is dense.
         replaced: layers whose processor somebody has replaced.
-        around: how the layers had run, by path, of the forward that it runs within.
+        around: how the layers had run, and what their last sparse calls left, by path, of the forward that it runs
+            within.
     """
 
     step: SparseStep | None
     replaced: int
-    around: dict[str, str]
+    around: dict[str, tuple[str, SparseCall | None]]
+
+
+class _RunLog:
+    """Sparse forwards of a run.
+
+    Attributes:
+        forwards: the last of them.
+        moment: of its latest forward, also if that was dense.
+    """
+
+    def __init__(self) -> None:
+        self.forwards: collections.deque[SparseForward] = collections.deque(maxlen=MOST_FORWARDS)
+        self.moment: Moment | None = None
 
 
 class Tally:
@@ -39,16 +54,20 @@ class Tally:
     Attributes:
         records: of each sparse layer, by module path.
         counts: what happened so far.
-        log: sparse forwards of the latest run.
     """
 
     def __init__(self, sparse_layers: Iterable[str], dense_layers: int) -> None:
         self.records = {path: LayerRecord(path) for path in sparse_layers}
         self.counts = Counts()
-        self.log: collections.deque[SparseForward] = collections.deque(maxlen=MOST_FORWARDS)
         self._dense_layers = dense_layers
-        self._last_moment: Moment | None = None
+        self._runs = WeakTensorKeyDictionary()
+        self._run = _RunLog()
         self._running: list[_Running] = []
+
+    @property
+    def log(self) -> tuple[SparseForward, ...]:
+        """Sparse forwards of the run that had the latest one."""
+        return tuple(self._run.forwards)
 
     def begin(self, depth: int, moment: Moment | None, step: SparseStep | None, replaced: int) -> None:
         """Count one forward and, when the scheduler has moved on, one step.
@@ -60,20 +79,20 @@ class Tally:
             replaced: layers whose processor somebody has replaced.
         """
         del self._running[depth - 1 :]  # what was interrupted never ended
-        around = {path: record.ran for path, record in self.records.items()} if self._running else {}
+        around = {path: (one.ran, one.call) for path, one in self.records.items()} if self._running else {}
         self._running.append(_Running(step, replaced, around))
         kind = "sparse" if step else "dense"
         self.counts.forwards[kind] += 1
         self.counts.calls["replacement"] += replaced if step else 0
-        if moment is None or not moment.is_step_of(self._last_moment):
+        if moment is not None:  # runs may take turns
+            self._run = self._runs.setdefault(moment.run, _RunLog())
+        if moment is None or not moment.is_step_of(self._run.moment):
             self.counts.steps[kind] += 1
-        if moment and not (self._last_moment and moment.run is self._last_moment.run):
-            self.log.clear()
-        self._last_moment = moment
+        self._run.moment = moment
         for record in self.records.values():
             record.ran = ""
 
-    def end(self, failed: bool, ranks: dist.ProcessGroup | None) -> dict[str, SparseCall]:
+    def end(self, failed: bool, ranks: dist.ProcessGroup | None) -> SparseForward | None:
         """Count the calls of the forward that is over, and keep what its sparse ones left.
 
         Args:
@@ -81,19 +100,18 @@ class Tally:
             ranks: that have measured the errors of a share of the heads each.
 
         Returns:
-            The sparse calls by module path; none if it failed.
+            Its sparse calls; None if it had none, or failed.
         """
         forward = self._running.pop()
         self._count_calls(forward, failed)
         calls = {path: one.call for path, one in self.records.items() if one.call and one.ran == "sparse"}
-        if failed or not forward.step:
-            calls = {}
-        elif calls:
-            calls = _of_all_heads(calls, ranks) if ranks else calls
-            self.log.append(SparseForward(forward.step, calls))
-        for path, ran in forward.around.items():
-            self.records[path].ran = ran
-        return calls
+        for path, (ran, call) in forward.around.items():
+            self.records[path].ran, self.records[path].call = ran, call
+        if failed or not forward.step or not calls:
+            return None
+        found = SparseForward(forward.step, _of_all_heads(calls, ranks) if ranks else calls)
+        self._run.forwards.append(found)
+        return found
 
     def _count_calls(self, forward: _Running, failed: bool) -> None:
         ran = collections.Counter(record.ran for record in self.records.values())
@@ -103,7 +121,7 @@ class Tally:
         counts.calls["mask"] += ran["mask"]
         if failed:  # layers that it did not reach were not skipped
             return
-        counts.calls["skipped"] += ran[""] - forward.replaced
+        counts.calls["skipped"] += max(0, ran[""] - forward.replaced)  # what replaced ours may call it
         if len(self.records) == ran[""] > 0 and not forward.replaced:
             counts.skipped_forwards += 1
         else:

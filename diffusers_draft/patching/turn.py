@@ -6,6 +6,7 @@ import threading
 from collections.abc import Iterator
 from types import FrameType
 
+import torch
 from torch import nn
 
 
@@ -50,11 +51,14 @@ class Turn:
         return runs(module, frame)
 
 
+# Past its limit of recompilations torch.compile runs code as it is, and tries to compile what that calls: not these.
+@torch.compiler.disable
 def runs(module: nn.Module | None, frame: FrameType | None) -> bool:
     """Return True if a module is being called in a frame, or if compiled code may hide that."""
     return calls_of(module, frame) > 0 or _runs_compiled_code(frame)
 
 
+@torch.compiler.disable
 def calls_of(module: nn.Module | None, frame: FrameType | None) -> int:
     """Count how often a module is being called in a frame and those that called it."""
     calls = 0

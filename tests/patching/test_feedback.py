@@ -41,9 +41,10 @@ def simulate(
     run, left = torch.empty(0), left_of(steps)
     densities, errors = [], []
     for step in range(steps):
-        densities.append(feedback.density(run, left, step, least))
-        errors.append(true(densities[-1], left[step]))
-        feedback.note(Told(errors[-1]))
+        asked = feedback.step(run, left, step, least)
+        densities.append(asked.density)
+        errors.append(true(asked.density, left[step]))
+        asked.readings.append(Told(errors[-1]))
     return densities, errors
 
 
@@ -141,42 +142,39 @@ def test_a_step_goes_by_step_numbers_and_not_by_what_has_arrived() -> None:
     feedback, run, left = Feedback(0.05, falling), torch.empty(0), left_of(10)
     for step in range(10):
         begun = step
-        feedback.density(run, left, step, 0.01)
-        feedback.note(Late(step))
-        feedback.note(Late(step))
+        feedback.step(run, left, step, 0.01).readings += [Late(step), Late(step)]
 
 
 def test_forwards_of_a_step_get_one_density_and_count_as_their_mean() -> None:
     once, twice, left, run = Feedback(0.05, falling), Feedback(0.05, falling), left_of(8), torch.empty(0)
     for step in range(8):
-        density = once.density(run, left, step, 0.01)
-        assert twice.density(run, left, step, 0.01) == density
-        once.note(Told(0.06))
-        twice.note(Told(0.04))
-        assert twice.density(run, left, step, 0.01) == density
-        twice.note(Told(0.08))
+        asked, same = once.step(run, left, step, 0.01), twice.step(run, left, step, 0.01)
+        assert same.density == asked.density
+        asked.readings.append(Told(0.06))
+        same.readings.append(Told(0.04))
+        assert twice.step(run, left, step, 0.01) is same
+        same.readings.append(Told(0.08))
 
 
 def test_a_run_that_begins_again_is_a_new_one() -> None:
     """A loop that does not set its timesteps anew."""
     feedback, left, run = Feedback(0.1, falling), left_of(6), torch.empty(0)
-    first = feedback.density(run, left, 0, 0.01)
+    first = feedback.step(run, left, 0, 0.01).density
     for step in range(6):
-        feedback.density(run, left, step, 0.01)
-        feedback.note(Told(0.3))
-    assert feedback.density(run, left, 0, 0.01) > first
-    assert feedback.density(run, left, 1, 0.01) < 1
+        feedback.step(run, left, step, 0.01).readings.append(Told(0.3))
+    assert feedback.step(run, left, 0, 0.01).density > first
+    assert feedback.step(run, left, 1, 0.01).density < 1
 
 
 def test_a_run_goes_on_whatever_runs_in_between() -> None:
-    """Several requests of a server; each has timesteps of its own."""
+    """Several requests of a server: each has timesteps of its own, and its errors come after another's step began."""
 
     def steps_of(feedback: Feedback, level: float) -> Iterator[float]:
         run, left = torch.empty(0), left_of(10)
         for step in range(10):
-            density = feedback.density(run, left, step, 0.01)
-            feedback.note(Told(ErrorCurve(level, 4.0, 0.5, (1, 1, 1)).error(density, left[step])))
-            yield density
+            asked = feedback.step(run, left, step, 0.01)
+            yield asked.density
+            asked.readings.append(Told(ErrorCurve(level, 4.0, 0.5, (1, 1, 1)).error(asked.density, left[step])))
 
     alone = list(steps_of(Feedback(0.1, falling), -1.0))
     feedback = Feedback(0.1, falling)
@@ -189,14 +187,14 @@ def test_steps_without_a_measurement_do_not_count() -> None:
     """Those that a cache skipped, and those with nothing but NaN."""
     feedback, left, run, errors = Feedback(0.05, falling), left_of(30), torch.empty(0), []
     for step in range(30):
-        density = feedback.density(run, left, step, 0.01)
+        asked = feedback.step(run, left, step, 0.01)
         if step % 3 == 1:
             continue
         if step % 3 == 2:
-            feedback.note(Told(None))
+            asked.readings.append(Told(None))
             continue
-        errors.append(USUAL.error(density, left[step]) * 1.2)
-        feedback.note(Told(errors[-1]))
+        errors.append(USUAL.error(asked.density, left[step]) * 1.2)
+        asked.readings.append(Told(errors[-1]))
     assert mean(errors) == pytest.approx(0.05, rel=0.2)
 
 
@@ -207,9 +205,20 @@ def test_a_loop_without_a_known_run_settles() -> None:
     errors = {}
     for _ in range(2):
         for step in order:
-            errors[step] = law.error(feedback.density(None, left, step, 0.01), left[step])
-            feedback.note(Told(errors[step]))
+            asked = feedback.step(None, left, step, 0.01)
+            errors[step] = law.error(asked.density, left[step])
+            asked.readings.append(Told(errors[step]))
     assert mean(list(errors.values())) == pytest.approx(0.08, rel=0.1)
+
+
+def test_forwards_of_which_nothing_tells_the_step_settle() -> None:
+    """A transformer alone whose timesteps do not tell it, or at one timestep."""
+    feedback, errors = Feedback(0.05, constant), []
+    for _ in range(12):
+        asked = feedback.step(None, [1.0], 0, 0.01)
+        errors.append(ErrorCurve(-0.5, 3.0, 0.0, (1, 1, 1)).error(asked.density, 1.0))
+        asked.readings.append(Told(errors[-1]))
+    assert errors[-1] == pytest.approx(0.05, rel=0.1) and len(asked.readings) == 1
 
 
 # What a forward measures

@@ -253,6 +253,92 @@ def test_other_settings_between_a_forward_and_its_backward(reentrant: bool, expe
 
 
 @pytest.mark.parametrize("reentrant", [True, False])
+@pytest.mark.parametrize("way", ["blocks", "whole"])
+def test_a_backward_after_many_forwards_without_gradients(
+    way: str, reentrant: bool, expected: dict[str, Tensor]
+) -> None:
+    """As behind a validation: they make no nodes, and only some of them are remembered."""
+    model = fresh()
+    again = functools.partial(checkpoint, use_reentrant=reentrant)
+    for _ in range(20):
+        run(model, models.wan_inputs(grid=(3, 17, 13)))
+    inputs = models.wan_inputs()
+    if way == "blocks":
+        model.enable_gradient_checkpointing(again)
+        loss = loss_of(model, inputs)
+    else:
+        states = inputs.pop("hidden_states").requires_grad_()
+        whole = again(lambda states: model(hidden_states=states, **inputs, return_dict=False)[0], states)
+        loss = whole.square().mean()
+    for _ in range(20):
+        run(model, models.wan_inputs(grid=(3, 17, 13)))
+    loss.backward()
+    assert_close(gradients_of(model), expected)
+
+
+@pytest.mark.parametrize("reentrant", [True, False])
+@pytest.mark.parametrize(
+    ("name", "other"),
+    [("hunyuan_video", dict(lengths=(3,))), ("wan", dict(grid=(3, 17, 13)))],
+    ids=["lengths", "grid"],
+)
+def test_two_forwards_of_one_timestep_are_checkpointed_as_one(
+    name: str, other: dict[str, Any], reentrant: bool
+) -> None:
+    """As those of guidance, whose texts have different lengths."""
+    tiny = models.TINY[name]
+
+    def found(again: Callable[..., Tensor]) -> dict[str, Tensor]:
+        model = tiny.build().train()
+        enable_draft_attention(model, sparsity=0.7)
+        first, second = tiny.inputs(), tiny.inputs(**other)
+        states = first.pop("hidden_states").requires_grad_()
+
+        def both(states: Tensor) -> Tensor:
+            outs = [model(hidden_states=states, **first).sample, model(**second).sample]
+            return sum((out.square().mean() * (number + 1) for number, out in enumerate(outs)), torch.zeros(()))
+
+        again(both, states).backward()
+        return gradients_of(model)
+
+    assert_close(
+        found(functools.partial(checkpoint, use_reentrant=reentrant)), found(lambda both, states: both(states))
+    )
+
+
+@pytest.mark.parametrize("reentrant", [True, False])
+def test_a_layer_that_was_dense_is_dense_again(reentrant: bool) -> None:
+    expected = gradients(fresh(dense_layers=(1,)), models.wan_inputs())
+    model = fresh(dense_layers=(1,))
+    model.enable_gradient_checkpointing(functools.partial(checkpoint, use_reentrant=reentrant))
+    loss = loss_of(model, models.wan_inputs())
+    enable_draft_attention(model, sparsity=0.7)
+    loss.backward()
+    assert_close(gradients_of(model), expected)
+
+
+@pytest.mark.parametrize("reentrant", [True, False])
+def test_a_layer_that_is_dense_since_says_so(reentrant: bool) -> None:
+    model = fresh()
+    model.enable_gradient_checkpointing(functools.partial(checkpoint, use_reentrant=reentrant))
+    loss = loss_of(model, models.wan_inputs())
+    enable_draft_attention(model, sparsity=0.7, dense_layers=(1,))
+    with pytest.raises(RuntimeError, match="draft attention was disabled before the backward, at least there"):
+        loss.backward()
+
+
+def test_disabling_a_handle_that_is_not_in_force_is_harmless(expected: dict[str, Tensor]) -> None:
+    model = models.wan().train()
+    model.enable_gradient_checkpointing()
+    old = enable_draft_attention(model, sparsity=0.5)
+    enable_draft_attention(model, sparsity=0.7)
+    loss = loss_of(model, models.wan_inputs())
+    old.disable()
+    loss.backward()
+    assert_close(gradients_of(model), expected)
+
+
+@pytest.mark.parametrize("reentrant", [True, False])
 def test_a_backward_after_disabling_says_so(reentrant: bool) -> None:
     """Its forward's processors are gone; stock ones would compute other gradients."""
     model = models.wan().train()
@@ -282,6 +368,7 @@ def test_a_forward_within_a_forward() -> None:
     model, inside = models.wan().eval(), []
     handle = enable_draft_attention(model, sparsity=0.7)
     expected = run(model), run(model, models.wan_inputs(grid=(3, 17, 13)))
+    alone = [forward.error for forward in handle.report().transformers[0].run]
 
     def once_more(*args: Any) -> None:
         if not inside:
@@ -292,6 +379,7 @@ def test_a_forward_within_a_forward() -> None:
     assert torch.equal(run(model), expected[0]) and torch.equal(inside[0], expected[1])
     report = handle.report().transformers[0]
     assert (report.forwards["sparse"], report.sparse_calls, report.skipped_calls) == (4, 12, 0)
+    assert [forward.error for forward in report.run] == [*alone, *reversed(alone)]  # the inner one is over first
 
 
 @pytest.mark.parametrize("name", ["wan", "hunyuan_video"])

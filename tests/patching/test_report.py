@@ -15,8 +15,11 @@ from diffusers_draft.attention import kernels
 from diffusers_draft.attention.block_mask import BlockMask
 from diffusers_draft.attention.ops import Attended, attend
 from diffusers_draft.patching import tally
+from diffusers_draft.patching.clock import Moment
 from diffusers_draft.patching.forward import AttentionCall
+from diffusers_draft.patching.records import SparseCall
 from diffusers_draft.patching.report import TransformerReport
+from diffusers_draft.patching.schedule import SparseStep
 
 
 def run(model: torch.nn.Module, inputs: models.Inputs) -> Tensor:
@@ -466,3 +469,35 @@ def test_a_run_whose_calls_were_all_dense_after_one_that_was_not() -> None:
     assert one(handle).nothing_skipped is None
     run_wan(pipe, steps=1)
     assert "no call of the latest run was sparse" in str(one(handle))
+
+
+def test_runs_that_take_turns_are_counted_apart() -> None:
+    """Requests of a server: a report is of the run of the latest forward, with all its steps."""
+    counted = tally.Tally(["layer"], 0)
+    empty = torch.zeros(0)
+    for step in range(4):
+        for run in RUNS:
+            for _ in range(2):  # with the prompt and without
+                counted.begin(1, Moment(run, step, 0, (3.0, 2.0, 1.0, 0.0)), SparseStep(0.7, step), 0)
+                counted.records["layer"].ran = "sparse"
+                counted.records["layer"].call = SparseCall(None, empty, empty, empty)
+                counted.end(failed=False, ranks=None)
+    assert [forward.step.number for forward in counted.log] == [0, 0, 1, 1, 2, 2, 3, 3]
+    assert counted.counts.steps["sparse"] == 8 and counted.counts.forwards["sparse"] == 16
+
+
+RUNS = torch.zeros(4), torch.zeros(4)
+
+
+def test_a_processor_around_ours_skips_nothing() -> None:
+    class Around:
+        def __call__(self, *args: Any, **kwargs: Any) -> Any:
+            return ours(*args, **kwargs)
+
+    model = models.wan()
+    handle = enable_draft_attention(model, sparsity=0.7)
+    ours = model.blocks[1].attn1.processor
+    model.blocks[1].attn1.processor = Around()
+    with pytest.warns(UserWarning, match="lost draft attention"):
+        run(model, models.wan_inputs())
+    assert one(handle).skipped_calls == 0
