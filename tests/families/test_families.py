@@ -222,6 +222,17 @@ def test_a_class_whose_forward_was_replaced(wrapped: bool, monkeypatch: pytest.M
         assert handle.report().transformers[0].forwards["sparse"] == 1 + wrapped
 
 
+def test_a_forward_that_renames_its_parameters_says_what_it_was_called_with() -> None:
+    class Renamed(WanTransformer3DModel):
+        def forward(self, x: Tensor, t: Tensor, context: Tensor) -> Any:
+            return super().forward(x, t, context)
+
+    inputs, model = models.wan_inputs(), models.wan()
+    model.__class__ = Renamed
+    with enable_draft_attention(model), pytest.raises(TypeError, match="was called with x, t, context, and without"):
+        model(*(inputs[name] for name in ("hidden_states", "timestep", "encoder_hidden_states")))
+
+
 @pytest.mark.parametrize("lengths", [(12, 12), (12, 1), (5, 11), (1, 1)])
 def test_hunyuan_video_equals_stock_with_its_mask_on_every_valid_token(lengths: tuple[int, int]) -> None:
     model = models.hunyuan_video()

@@ -486,6 +486,19 @@ def test_a_training_at_the_timesteps_of_a_scheduler(make: Any, steps: int, gradi
     assert seen == [timestep > 750 for timestep in timesteps]
 
 
+@pytest.mark.filterwarnings("ignore:dense_steps")
+def test_a_training_of_a_model_whose_timesteps_are_in_other_units() -> None:
+    """Nothing tells the step: it is not the first one of a scheduler that does not run, which would be dense."""
+    tiny = models.TINY["CosmosTransformer3DModel"]
+    transformer, scheduler = tiny.build(), euler()
+    scheduler.set_timesteps(20)
+    handle = enable_draft_attention(Loop(scheduler, transformer=transformer), dense_steps=0.25)
+    seen = watch(handle, transformer)
+    for _ in range(3):
+        transformer(**tiny.inputs())
+    assert seen == [False] * 3
+
+
 @pytest.mark.parametrize("make", [DDIMScheduler, DDPMScheduler])
 def test_a_loop_that_begins_late_with_a_scheduler_that_counts_no_steps(make: Any) -> None:
     transformer, scheduler = models.wan(), make()
