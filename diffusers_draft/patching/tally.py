@@ -16,21 +16,6 @@ MOST_FORWARDS = 512
 """Sparse forwards of a run that are remembered: each holds small tensors of every layer on the device."""
 
 
-class _Running(NamedTuple):
-    """A forward that is being counted.
-
-    Attributes:
-        step: what it is to do, None if it is dense.
-        replaced: layers whose processor somebody has replaced.
-        around: how the layers had run, and what their last sparse calls left, by path, of the forward that it runs
-            within.
-    """
-
-    step: SparseStep | None
-    replaced: int
-    around: dict[str, tuple[str, SparseCall | None]]
-
-
 class _RunLog:
     """Sparse forwards of a run.
 
@@ -42,6 +27,23 @@ class _RunLog:
     def __init__(self) -> None:
         self.forwards: collections.deque[SparseForward] = collections.deque(maxlen=MOST_FORWARDS)
         self.moment: Moment | None = None
+
+
+class _Running(NamedTuple):
+    """A forward that is being counted.
+
+    Attributes:
+        step: what it is to do, None if it is dense.
+        replaced: layers whose processor somebody has replaced.
+        run: what it is of.
+        around: how the layers had run, and what their last sparse calls left, by path, of the forward that it runs
+            within.
+    """
+
+    step: SparseStep | None
+    replaced: int
+    run: _RunLog
+    around: dict[str, tuple[str, SparseCall | None]]
 
 
 class Tally:
@@ -80,12 +82,12 @@ class Tally:
         """
         del self._running[depth - 1 :]  # what was interrupted never ended
         around = {path: (one.ran, one.call) for path, one in self.records.items()} if self._running else {}
-        self._running.append(_Running(step, replaced, around))
+        if moment is not None:  # runs may take turns
+            self._run = self._runs.setdefault(moment.run, _RunLog())
+        self._running.append(_Running(step, replaced, self._run, around))
         kind = "sparse" if step else "dense"
         self.counts.forwards[kind] += 1
         self.counts.calls["replacement"] += replaced if step else 0
-        if moment is not None:  # runs may take turns
-            self._run = self._runs.setdefault(moment.run, _RunLog())
         if moment is None or not moment.is_step_of(self._run.moment):
             self.counts.steps[kind] += 1
         self._run.moment = moment
@@ -110,7 +112,7 @@ class Tally:
         if failed or not forward.step or not calls:
             return None
         found = SparseForward(forward.step, _of_all_heads(calls, ranks) if ranks else calls)
-        self._run.forwards.append(found)
+        forward.run.forwards.append(found)
         return found
 
     def _count_calls(self, forward: _Running, failed: bool) -> None:
