@@ -23,8 +23,8 @@ class DraftConfig(Method):
         sparsity: mean share of the pairs of video blocks that a run's sparse steps skip, in [0, 1); 0.8 unless
             `max_error` is given.
         max_error: instead of `sparsity`, the error to arrive at, in (0, 1): the mean over a run's sparse steps of the
-            relative error of the corrected attention outputs, as the probes measure it and the report shows it. After
-            each step the density of those to come is set anew.
+            relative error of the corrected attention outputs, as the probes measure it and the report shows it. Before
+            each step its density is set from the errors of the steps two before it and earlier.
         schedule: how the density goes over the run: `"falling"` starts denser and ends sparser than that mean,
             `"constant"`, or `"paper"`: the dense steps and layers of the paper's code for the model family, then
             constant.

@@ -23,18 +23,18 @@ class LateBackward(StockWhenCopied):
 
     def __init__(self, forward: Forward) -> None:
         self._forward = weakref.ref(forward)
-        self._handles: dict[int, Any] = {}
+        self._handles: weakref.WeakKeyDictionary[nn.Module, Any] = weakref.WeakKeyDictionary()
 
     def watch(self, layers: Iterable[nn.Module]) -> None:
         """Begin with layers that had draft attention."""
         for layer in layers:
-            if id(layer) not in self._handles:
-                self._handles[id(layer)] = layer.register_forward_pre_hook(self)
+            if layer not in self._handles:
+                self._handles[layer] = layer.register_forward_pre_hook(self)
 
     def leave(self, layers: Iterable[nn.Module]) -> None:
         """Take the hooks of some layers away."""
         for layer in layers:
-            if (handle := self._handles.pop(id(layer), None)) is not None:
+            if (handle := self._handles.pop(layer, None)) is not None:
                 handle.remove()
 
     def __call__(self, module: nn.Module, args: tuple[Any, ...]) -> None:
@@ -47,14 +47,9 @@ class LateBackward(StockWhenCopied):
         if torch.compiler.is_compiling():
             return
         if forward is None or not forward.is_awaited:
-            self._leave_all()
+            self.leave(list(self._handles))
         elif in_backward() and forward.was_sparse:
             raise RuntimeError(
                 "A backward runs attention layers again that were sparse, and draft attention was disabled before the "
                 "backward, at least there. Leave it on until the backward is over."
             )
-
-    def _leave_all(self) -> None:
-        for handle in self._handles.values():
-            handle.remove()
-        self._handles.clear()

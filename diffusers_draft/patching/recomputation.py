@@ -65,10 +65,7 @@ class Ran(Generic[State]):
 
 
 class Recomputation(Generic[State]):
-    """Remembers the states of forwards, and finds the one that a backward repeats.
-
-    Other threads may remember theirs meanwhile: what is searched is a copy.
-    """
+    """Remembers the states of forwards, and finds the one that a backward repeats."""
 
     def __init__(self) -> None:
         self._ran: collections.deque[Ran[State]] = collections.deque(maxlen=MOST_FORWARDS)
@@ -77,7 +74,7 @@ class Recomputation(Generic[State]):
         """Remember the forward that begins."""
         begin = torch.autograd._get_sequence_nr()
         ran = Ran(state, timestep.detach().clone(), threading.get_ident(), in_backward(), begin)
-        latest = tuple(self._ran)[-MOST_WITHOUT_NODES:]
+        latest = self._remembered()[-MOST_WITHOUT_NODES:]
         if len(latest) == MOST_WITHOUT_NODES and all(
             one.begin == begin and one.thread == ran.thread for one in latest
         ):
@@ -88,7 +85,7 @@ class Recomputation(Generic[State]):
     @property
     def awaited(self) -> bool:
         """Whether the graph of any forward is alive: its backward may come."""
-        return any(ran.graph() is not None for ran in tuple(self._ran))
+        return any(ran.graph() is not None for ran in self._remembered())
 
     def of_layer(self) -> State | None:
         """Find the forward that a layer repeats; None if nothing tells."""
@@ -104,16 +101,22 @@ class Recomputation(Generic[State]):
         inside = _latest(self._at(node))
         candidates = self._just_behind(node)
         if inside is not None:
-            candidates = [ran for ran in tuple(self._ran) if ran.thread == inside.thread and ran.begin <= inside.begin]
+            candidates = [
+                ran for ran in self._remembered() if ran.thread == inside.thread and ran.begin <= inside.begin
+            ]
         same = [ran for ran in candidates if _same(ran.timestep, timestep)]
         return None if not same else (same[-1] if inside is not None else same[0]).state
+
+    def _remembered(self) -> tuple[Ran[State], ...]:
+        """List the forwards in turn: a copy, as other threads may remember theirs meanwhile."""
+        return tuple(self._ran)
 
     def _at(self, node: Any) -> list[Ran[State]]:
         """List the forwards that made a node."""
         if node is None:
             return []
         number, again = node._sequence_nr(), _is_nested(node)
-        over = (ran for ran in tuple(self._ran) if ran.again == again and ran.end is not None)
+        over = (ran for ran in self._remembered() if ran.again == again and ran.end is not None)
         return [ran for ran in over if ran.begin <= number < (ran.end or 0)]
 
     def _just_behind(self, node: Any) -> list[Ran[State]]:
@@ -121,7 +124,7 @@ class Recomputation(Generic[State]):
         if node is None:
             return []
         again = _is_nested(node)
-        return [ran for ran in tuple(self._ran) if ran.again == again and ran.begin == node._sequence_nr() + 1]
+        return [ran for ran in self._remembered() if ran.again == again and ran.begin == node._sequence_nr() + 1]
 
 
 def in_backward() -> bool:
