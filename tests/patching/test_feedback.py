@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from models import run_wan
 
 from diffusers_draft import DraftHandle, enable_draft_attention
-from diffusers_draft.patching.error_curve import ErrorCurve, Point
+from diffusers_draft.patching.error_curve import FLOOR, ErrorCurve, Point
 from diffusers_draft.patching.feedback import LAG, USUAL, Feedback, Reading
 from diffusers_draft.schedules import constant, falling
 
@@ -55,18 +55,40 @@ def mean(values: list[float]) -> float:
 # The curve
 
 
-@given(level=st.floats(-3, -1), slope=st.floats(0, 4), drift=st.floats(-1, 1))
-def test_the_curve_finds_the_law_that_it_is_shown(level: float, slope: float, drift: float) -> None:
-    law = ErrorCurve(level, slope, drift, spread=(1, 1, 1))
+def law_of(level: float, slope: float, drift: float, start: float = 0.4) -> ErrorCurve:
+    """Make a law that errors follow; nothing is fitted to it."""
+    return ErrorCurve(level, slope, drift, start, spread=(1.0, 1.0, 1.0, 1.0))
+
+
+def test_the_curve_is_what_its_docstring_says() -> None:
+    curve = law_of(-4.0, 0.8, 0.5, start=0.3)
+    assert curve.error(0.5, 0.0) == pytest.approx(math.exp(-4) * (0.5 / (0.5 + FLOOR)) ** 0.8)
+    assert curve.error(0.1, 0.5) == pytest.approx(math.exp(-4 + 0.25) * (0.9 / (0.1 + FLOOR)) ** 0.8)
+    assert curve.error(0.1, 1.0) == pytest.approx(math.exp(-4 + 0.5 + 0.3) * (0.9 / (0.1 + FLOOR)) ** 0.8)
+    assert curve.error(1.0, 0.5) == 0
+
+
+@given(level=st.floats(-6, -2), slope=st.floats(0, 2), drift=st.floats(-1, 1), start=st.floats(-1, 1))
+def test_the_curve_finds_the_law_that_it_is_shown(level: float, slope: float, drift: float, start: float) -> None:
+    law = law_of(level, slope, drift, start)
     points = [Point(d, p, law.error(d, p)) for d in (0.05, 0.1, 0.3, 0.6, 0.9) for p in (1.0, 0.7, 0.2)]
-    found = ErrorCurve(-1.5, 1.0, 0.0, spread=(100.0, 100.0, 100.0)).fitted(points)
-    assert (found.level, found.slope, found.drift) == pytest.approx((level, slope, drift), abs=1e-3)
+    found = ErrorCurve(-4.0, 1.0, 0.0, 0.0, spread=(100.0, 100.0, 100.0, 100.0)).fitted(points)
+    assert (found.level, found.slope, found.drift, found.start) == pytest.approx(
+        (level, slope, drift, start), abs=1e-3
+    )
 
 
 def test_measurements_move_the_curve_there_and_hardly_elsewhere() -> None:
     found = USUAL.fitted([Point(0.2, 0.5, 2 * USUAL.error(0.2, 0.5))] * 4)
-    assert found.error(0.2, 0.5) == pytest.approx(2 * USUAL.error(0.2, 0.5), rel=0.05)
-    assert abs(found.slope - USUAL.slope) < 1 and abs(found.drift - USUAL.drift) < 0.3
+    assert found.error(0.2, 0.5) == pytest.approx(2 * USUAL.error(0.2, 0.5), rel=0.1)
+    assert abs(found.slope - USUAL.slope) < 0.1 and abs(found.drift - USUAL.drift) < 0.3
+
+
+def test_the_first_step_of_a_run_tells_little_of_the_others() -> None:
+    """Its input is all noise: captions have one error there, and errors of their own later."""
+    found = USUAL.fitted([Point(0.2, 1.0, 2 * USUAL.error(0.2, 1.0))])
+    assert found.error(0.2, 1.0) > 1.5 * USUAL.error(0.2, 1.0)
+    assert found.error(0.2, 0.9) < 1.3 * USUAL.error(0.2, 0.9)
 
 
 def test_steps_that_skipped_nothing_teach_nothing() -> None:
@@ -100,27 +122,27 @@ RUNS: dict[str, Any] = dict(
 
 
 @given(
-    level=st.floats(-1.6, -0.8), slope=st.floats(3, 6), drift=st.floats(0.2, 1.2), steps=st.integers(10, 50), **RUNS
+    level=st.floats(-4.6, -3.8), slope=st.floats(0.6, 0.9), drift=st.floats(0, 0.8), steps=st.integers(10, 50), **RUNS
 )
 def test_the_first_run_arrives_if_the_model_is_like_those_seen(
     level: float, slope: float, drift: float, steps: int, target: float, shape: Any, seed: int
 ) -> None:
-    arrives(ErrorCurve(level, slope, drift, spread=(1, 1, 1)), target, steps, shape, seed, runs=1)
+    arrives(law_of(level, slope, drift), target, steps, shape, seed, runs=1)
 
 
 @given(
-    level=st.floats(-3.2, -0.5), slope=st.floats(0.5, 7), drift=st.floats(-0.5, 1.5), steps=st.integers(8, 50), **RUNS
+    level=st.floats(-6, -2.5), slope=st.floats(0.3, 1.5), drift=st.floats(-0.5, 1.5), steps=st.integers(8, 50), **RUNS
 )
 def test_a_later_run_arrives_whatever_the_model_is_like(
     level: float, slope: float, drift: float, steps: int, target: float, shape: Any, seed: int
 ) -> None:
-    arrives(ErrorCurve(level, slope, drift, spread=(1, 1, 1)), target, steps, shape, seed, runs=3)
+    arrives(law_of(level, slope, drift), target, steps, shape, seed, runs=3)
 
 
 @pytest.mark.parametrize("steps", [1, 2, 4])
 def test_the_next_run_begins_with_what_the_last_has_learned(steps: int) -> None:
     """Also where runs are too short to correct themselves, as those of one or two steps are."""
-    law = ErrorCurve(-1.0, 2.0, 0.2, spread=(1, 1, 1))
+    law = law_of(-3.3, 0.6, 0.2)
     feedback = Feedback(0.1, falling)
     reached = [mean(simulate(feedback, steps, law.error)[1]) for _ in range(6)]
     assert steps == 4 or abs(reached[0] / 0.1 - 1) > 0.15
@@ -174,11 +196,11 @@ def test_a_run_goes_on_whatever_runs_in_between() -> None:
         for step in range(10):
             asked = feedback.step(run, left, step, 0.01)
             yield asked.density
-            asked.readings.append(Told(ErrorCurve(level, 4.0, 0.5, (1, 1, 1)).error(asked.density, left[step])))
+            asked.readings.append(Told(law_of(level, 0.8, 0.5).error(asked.density, left[step])))
 
-    alone = list(steps_of(Feedback(0.1, falling), -1.0))
+    alone = list(steps_of(Feedback(0.1, falling), -4.0))
     feedback = Feedback(0.1, falling)
-    first, second = steps_of(feedback, -1.0), steps_of(feedback, -1.6)
+    first, second = steps_of(feedback, -4.0), steps_of(feedback, -4.6)
     begun = next(first)
     assert [begun, *(density for density, _ in zip(first, second, strict=False))] == alone
 
@@ -199,7 +221,7 @@ def test_steps_without_a_measurement_do_not_count() -> None:
 
 
 def test_a_loop_without_a_known_run_settles() -> None:
-    law = ErrorCurve(-1.5, 2.0, 0.3, spread=(1, 1, 1))
+    law = law_of(-3.8, 0.6, 0.3)
     feedback, left = Feedback(0.08, falling), left_of(100)
     order = torch.randperm(100, generator=torch.Generator().manual_seed(0)).tolist()
     errors = {}
@@ -216,7 +238,7 @@ def test_forwards_of_which_nothing_tells_the_step_settle() -> None:
     feedback, errors = Feedback(0.05, constant), []
     for _ in range(12):
         asked = feedback.step(None, [1.0], 0, 0.01)
-        errors.append(ErrorCurve(-0.5, 3.0, 0.0, (1, 1, 1)).error(asked.density, 1.0))
+        errors.append(law_of(-3.0, 0.7, 0.0).error(asked.density, 1.0))
         asked.readings.append(Told(errors[-1]))
     assert errors[-1] == pytest.approx(0.05, rel=0.1) and len(asked.readings) == 1
 
