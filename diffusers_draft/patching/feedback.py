@@ -16,13 +16,17 @@ from torch.utils.weak import WeakTensorKeyDictionary
 from ..schedules import Schedule as Shape
 from .error_curve import ErrorCurve, Point
 
-USUAL = ErrorCurve(level=-4.27, slope=0.77, drift=0.37, start=0.48, spread=(0.4, 0.1, 0.3, 0.8))
+USUAL = ErrorCurve(level=-4.27, slope=0.77, drift=0.37, start=0.48, spread=(0.8, 0.2, 0.3, 1.0))
 """Before anything was measured: what docs/results/error_study.py found of the demo's model. Others may differ much."""
 LAG = 2
 """A step goes by the errors of steps at least so many before it: the device may still be at those in between."""
+SMALLEST = 1e-9
+"""Error of a run in which nothing is skipped, so that it has a logarithm."""
 MEMORY = 64
 """Steps that a loop without a known run goes by."""
-HALVINGS = 30
+RELUCTANCE = 0.2
+"""To leave the shape for a density lower by a factor is as bad as an error off by this power of it."""
+NARROWINGS = 30
 
 
 class Reading:
@@ -70,11 +74,13 @@ class AskedStep:
     """A step whose density was chosen by errors.
 
     Attributes:
+        mean: density of the run whose part it is.
         density: that was chosen.
         left: share of the run that was left when it began.
         readings: what its forwards have measured.
     """
 
+    mean: float
     density: float
     left: float
     readings: list[Reading] = field(default_factory=list)
@@ -100,7 +106,6 @@ class _Run:
     def __init__(self, start: ErrorCurve, whole: bool) -> None:
         self._start = start
         self._whole = whole
-        self._mean: float | None = None
         self.at: int | None = None
         self.steps: list[AskedStep] = []
 
@@ -109,44 +114,51 @@ class _Run:
         return self._start.fitted(_points(self.steps))
 
     def next_step(self, target: float, shape: Shape, left: Sequence[float], index: int, least: float) -> AskedStep:
-        """Choose the density of its next step; see `Feedback.step`."""
+        """Choose the density of its next step; see `Feedback.step`.
+
+        The mean density is the one whose predicted errors bring the run nearest to the target. Becoming sparser than
+        the steps so far counts against it: where those were too dense for the target, the ones to come would leave the
+        shape to make up for it, which costs more than a smaller error is worth.
+        """
         curve = self._start.fitted(_points(self._known()))
-        budget = self._budget(target, curve, len(left) - index) if self._whole else target * len(left)
-        ahead = range(index, len(left)) if self._whole else range(len(left))
+        ahead = range(index if self._whole else 0, len(left))
+        before = self._errors(curve) if self._whole else []
+        goal = target * (len(before) + len(ahead))
 
         def densities(mean: float) -> list[float]:
-            return [max(least, density) for density in shape(mean, left)]
+            chosen = shape(mean, left)
+            return [max(least, chosen[step]) for step in ahead]
 
-        def too_much(mean: float) -> bool:
-            chosen = densities(mean)
-            return sum(curve.error(chosen[step], left[step]) for step in ahead) > budget
+        kept = densities(self._mean_so_far()) if self._whole and self.steps else []
 
-        self._mean = self._toward(_smallest(too_much, least), left[index] / left[0])
+        def cost(logarithm: float) -> float:
+            chosen = densities(math.exp(logarithm))
+            errors = sum(before) + sum(
+                curve.error(density, left[step]) for density, step in zip(chosen, ahead, strict=True)
+            )
+            sparser = [min(0.0, math.log(density / other)) ** 2 for density, other in zip(chosen, kept, strict=False)]
+            return math.log(max(errors, SMALLEST) / goal) ** 2 + RELUCTANCE**2 * sum(sparser) / len(ahead)
+
+        mean = math.exp(_lowest(cost, math.log(least), 0.0))
         self.at = index
-        self.steps.append(AskedStep(densities(self._mean)[index], left[index]))
+        self.steps.append(AskedStep(mean, densities(mean)[index - ahead.start], left[index]))
         if not self._whole:
             del self.steps[:-MEMORY]
         return self.steps[-1]
 
-    def _toward(self, mean: float, left: float) -> float:
-        """Go to another mean, in the second half of a run less and less of the way.
-
-        The last steps would otherwise leave the shape to make up for every small deviation before them.
-        """
-        if self._mean is None or not self._whole:
-            return mean
-        share = min(1.0, 2 * left)
-        return self._mean ** (1 - share) * mean**share
+    def _mean_so_far(self) -> float:
+        """Average the means that its steps were parts of, by their densities."""
+        total = sum(step.density for step in self.steps)
+        return math.exp(sum(step.density * math.log(step.mean) for step in self.steps) / total)
 
     def _known(self) -> list[AskedStep]:
         return self.steps[: max(0, len(self.steps) - LAG + 1)]
 
-    def _budget(self, target: float, curve: ErrorCurve, ahead: int) -> float:
-        """Compute the sum of errors that is left for the steps ahead. Steps that a cache skipped do not count."""
-        known = [error for step in self._known() if (error := step.error()) is not None]
-        underway = self.steps[len(self._known()) :]
-        spent = sum(known) + sum(curve.error(step.density, step.left) for step in underway)
-        return target * (len(known) + len(underway) + ahead) - spent
+    def _errors(self, curve: ErrorCurve) -> list[float]:
+        """List the errors of its steps but those that a cache skipped; as predicted where they are not known yet."""
+        known = self._known()
+        measured = [error for step in known if (error := step.error()) is not None]
+        return measured + [curve.error(step.density, step.left) for step in self.steps[len(known) :]]
 
 
 class Feedback:
@@ -199,12 +211,18 @@ def _points(steps: Iterable[AskedStep]) -> list[Point]:
     return [Point(step.density, step.left, error) for step, error in measured if error is not None]
 
 
-def _smallest(too_much: Callable[[float], bool], least: float) -> float:
-    """Find the smallest mean density at which the error is not too much; 1 if it always is."""
-    low, high = least, 1.0
-    if not too_much(low):
-        return low
-    for _ in range(HALVINGS):
-        middle = (low + high) / 2
-        low, high = (middle, high) if too_much(middle) else (low, middle)
-    return high
+def _lowest(cost: Callable[[float], float], low: float, high: float) -> float:
+    """Find where a cost that falls and then rises is lowest, by golden sections."""
+    share = (math.sqrt(5) - 1) / 2
+    left, right = high - share * (high - low), low + share * (high - low)
+    at_left, at_right = cost(left), cost(right)
+    for _ in range(NARROWINGS):
+        if at_left < at_right:
+            high, right, at_right = right, left, at_left
+            left = high - share * (high - low)
+            at_left = cost(left)
+        else:
+            low, left, at_left = left, right, at_right
+            right = low + share * (high - low)
+            at_right = cost(right)
+    return (low + high) / 2

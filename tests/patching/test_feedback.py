@@ -88,7 +88,7 @@ def test_the_first_step_of_a_run_tells_little_of_the_others() -> None:
     """Its input is all noise: captions have one error there, and errors of their own later."""
     found = USUAL.fitted([Point(0.2, 1.0, 2 * USUAL.error(0.2, 1.0))])
     assert found.error(0.2, 1.0) > 1.5 * USUAL.error(0.2, 1.0)
-    assert found.error(0.2, 0.9) < 1.3 * USUAL.error(0.2, 0.9)
+    assert found.error(0.2, 0.9) < 1.4 * USUAL.error(0.2, 0.9)
 
 
 def test_steps_that_skipped_nothing_teach_nothing() -> None:
@@ -102,8 +102,8 @@ def test_errors_that_rise_with_density_do_not_turn_the_curve() -> None:
 # Its decisions
 
 
-def arrives(law: ErrorCurve, target: float, steps: int, shape: Any, seed: int, runs: int) -> None:
-    """Assert that the last of some runs arrives at the target, unless it is at a bound."""
+def arrives(law: ErrorCurve, target: float, steps: int, shape: Any, seed: int, runs: int, below: float = 0.15) -> None:
+    """Assert that the last of some runs arrives at the target or, by so much, below it, unless it is at a bound."""
     generator = torch.Generator().manual_seed(seed)
 
     def true(density: float, left: float) -> float:
@@ -112,8 +112,8 @@ def arrives(law: ErrorCurve, target: float, steps: int, shape: Any, seed: int, r
     feedback = Feedback(target, shape)
     for _ in range(runs):
         densities, errors = simulate(feedback, steps, true)
-    at_bound = densities[-1] == pytest.approx(0.01) or densities[-1] == 1
-    assert at_bound or mean(errors) == pytest.approx(target, rel=0.15)
+    at_bound = densities[-1] < 0.0101 or densities[-1] > 0.999
+    assert at_bound or 1 - below < mean(errors) / target < 1.15
 
 
 RUNS: dict[str, Any] = dict(
@@ -122,16 +122,20 @@ RUNS: dict[str, Any] = dict(
 
 
 @given(
-    level=st.floats(-4.6, -3.8), slope=st.floats(0.6, 0.9), drift=st.floats(0, 0.8), steps=st.integers(10, 50), **RUNS
+    level=st.floats(-4.5, -3.9), slope=st.floats(0.65, 0.9), drift=st.floats(0, 0.8), steps=st.integers(10, 50), **RUNS
 )
 def test_the_first_run_arrives_if_the_model_is_like_those_seen(
     level: float, slope: float, drift: float, steps: int, target: float, shape: Any, seed: int
 ) -> None:
-    arrives(law_of(level, slope, drift), target, steps, shape, seed, runs=1)
+    arrives(law_of(level, slope, drift), target, steps, shape, seed, runs=1, below=0.4)
 
 
 @given(
-    level=st.floats(-6, -2.5), slope=st.floats(0.3, 1.5), drift=st.floats(-0.5, 1.5), steps=st.integers(8, 50), **RUNS
+    level=st.floats(-5.5, -3.2),
+    slope=st.floats(0.4, 1.1),
+    drift=st.floats(-0.5, 1.5),
+    steps=st.integers(10, 50),
+    **RUNS,
 )
 def test_a_later_run_arrives_whatever_the_model_is_like(
     level: float, slope: float, drift: float, steps: int, target: float, shape: Any, seed: int
@@ -147,6 +151,27 @@ def test_the_next_run_begins_with_what_the_last_has_learned(steps: int) -> None:
     reached = [mean(simulate(feedback, steps, law.error)[1]) for _ in range(6)]
     assert steps == 4 or abs(reached[0] / 0.1 - 1) > 0.15
     assert reached[-1] == pytest.approx(0.1, rel=0.1)
+
+
+def late_densities(factor: float) -> list[float]:
+    """Run a model with that many times the usual errors; return the second half's densities beside the shape."""
+
+    def true(density: float, left: float) -> float:
+        return factor * USUAL.error(density, left)
+
+    densities, _ = simulate(Feedback(0.1, falling), 20, true)
+    shape = falling(mean(densities), left_of(20))
+    return [density / usual for density, usual in zip(densities[10:], shape[10:], strict=True)]
+
+
+def test_a_run_makes_up_for_too_dense_steps_only_in_part() -> None:
+    """Errors turn out half as large as thought: to arrive exactly, the second half would have 0.57 of the shape."""
+    assert mean(late_densities(0.5)) == pytest.approx(0.75, abs=0.05)
+
+
+def test_a_run_makes_up_for_too_sparse_steps() -> None:
+    _, errors = simulate(Feedback(0.1, falling), 20, lambda density, left: 2 * USUAL.error(density, left))
+    assert mean(errors) == pytest.approx(0.1, rel=0.05)
 
 
 def test_a_step_goes_by_step_numbers_and_not_by_what_has_arrived() -> None:
