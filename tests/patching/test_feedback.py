@@ -153,6 +153,13 @@ def test_the_next_run_begins_with_what_the_last_has_learned(steps: int) -> None:
     assert reached[-1] == pytest.approx(0.1, rel=0.1)
 
 
+@pytest.mark.parametrize("steps", [4, 14])
+def test_a_run_that_is_as_thought_keeps_to_the_shape(steps: int) -> None:
+    densities, errors = simulate(Feedback(0.1, falling), steps, USUAL.error)
+    assert densities == pytest.approx(falling(mean(densities), left_of(steps)), rel=1e-4)
+    assert mean(errors) == pytest.approx(0.1, rel=1e-4)
+
+
 def late_densities(factor: float) -> list[float]:
     """Run a model with that many times the usual errors; return the second half's densities beside the shape."""
 
