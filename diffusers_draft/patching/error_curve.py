@@ -33,7 +33,7 @@ class ErrorCurve:
     """`error = exp(level + drift left + start) ((1 - density) / (FLOOR + density))**slope`.
 
     Errors of the demo's model go so with density at every step; its captions differ by the level
-    (`docs/results/error_study.py`).
+    (`docs/results/error_curve.py`).
 
     Attributes:
         level: logarithm of the error where half is computed and nothing of the run is left.

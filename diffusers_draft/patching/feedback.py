@@ -17,7 +17,7 @@ from ..schedules import Schedule as Shape
 from .error_curve import ErrorCurve, Point
 
 USUAL = ErrorCurve(level=-4.27, slope=0.77, drift=0.37, start=0.48, spread=(0.8, 0.2, 0.3, 1.0))
-"""Before anything was measured: what docs/results/error_study.py found of the demo's model. Others may differ much."""
+"""Before anything was measured: what docs/results/error_curve.py found of the demo's model. Others may differ much."""
 LAG = 2
 """A step goes by the errors of steps at least so many before it: the device may still be at those in between."""
 SMALLEST = 1e-9
@@ -123,25 +123,25 @@ class _Run:
         curve = self._start.fitted(_points(self._known()))
         ahead = range(index if self._whole else 0, len(left))
         before = self._errors(curve) if self._whole else []
-        goal = target * (len(before) + len(ahead))
+        spent, goal = sum(before), target * (len(before) + len(ahead))
 
         def densities(mean: float) -> list[float]:
-            chosen = shape(mean, left)
-            return [max(least, chosen[step]) for step in ahead]
+            return [max(least, density) for density in shape(mean, left)]
 
-        kept = densities(self._mean_so_far()) if self._whole and self.steps else []
+        kept = densities(self._mean_so_far()) if self._whole and self.steps else None
 
         def cost(logarithm: float) -> float:
             chosen = densities(math.exp(logarithm))
-            errors = sum(before) + sum(
-                curve.error(density, left[step]) for density, step in zip(chosen, ahead, strict=True)
-            )
-            sparser = [min(0.0, math.log(density / other)) ** 2 for density, other in zip(chosen, kept, strict=False)]
-            return math.log(max(errors, SMALLEST) / goal) ** 2 + RELUCTANCE**2 * sum(sparser) / len(ahead)
+            errors = spent + sum(curve.error(chosen[step], left[step]) for step in ahead)
+            missed = math.log(max(errors, SMALLEST) / goal) ** 2
+            if kept is None:
+                return missed
+            sparser = sum(min(0.0, math.log(chosen[step] / kept[step])) ** 2 for step in ahead)
+            return missed + RELUCTANCE**2 * sparser / len(ahead)
 
         mean = math.exp(_lowest(cost, math.log(least), 0.0))
         self.at = index
-        self.steps.append(AskedStep(mean, densities(mean)[index - ahead.start], left[index]))
+        self.steps.append(AskedStep(mean, densities(mean)[index], left[index]))
         if not self._whole:
             del self.steps[:-MEMORY]
         return self.steps[-1]

@@ -188,20 +188,19 @@ def _true_errors(pipe: Any, unit: Unit) -> list[dict[str, Any]]:
     found: list[dict[str, Any]] = []
 
     def look(seen: AttentionCall) -> Attended:
-        query, key, value, geometry, kv_len, numbers, method, scale = seen.arguments
         result = attend(*seen.arguments)
         before, after, whole = result.squares.tolist()
         if not whole:  # nothing was left out
             return result
-        plainly = dataclasses.replace(Method.from_tensor(method), probes=0).to_tensor()
-        plain = attend(query, key, value, geometry, kv_len, numbers, plainly, scale).out
-        dense = attend_to_valid(query, key, value, kv_len, scale)
+        plainly = dataclasses.replace(Method.from_tensor(seen.method), probes=0).to_tensor()
+        plain = attend(*seen._replace(method=plainly).arguments).out
+        dense = attend_to_valid(seen.query, seen.key, seen.value, seen.kv_len, seen.scale)
         norm = dense.float().norm()
         found.append(
             {
                 "grid": unit.grid,
                 "layer": seen.path,
-                "step": int(numbers[1]),
+                "step": int(seen.numbers[1]),
                 "measured": [math.sqrt(before / whole), math.sqrt(after / whole)],
                 "true": [((out - dense).float().norm() / norm).item() for out in (plain, result.out)],
             }

@@ -3,21 +3,15 @@
 Run `python docs/results/layers_apart.py --output FILE` in a checkout on a GPU; docs/trials.md has what came of it.
 """
 
-import argparse
-import json
-import multiprocessing
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
-import torch
 from fidelity_study import GRIDS, Unit, clips_of, tools
+from over_captions import study
 
 from diffusers_draft import enable_draft_attention
 from diffusers_draft.attention.ops import Attended, attend
 from diffusers_draft.patching.forward import AttentionCall
-from diffusers_draft.tools.bench.measure import environment
-from diffusers_draft.tools.demo.model import WEIGHTS
 from diffusers_draft.tools.evaluation.metrics import fidelity
 from diffusers_draft.tools.evaluation.study import work
 
@@ -30,14 +24,13 @@ def sharing(power: float) -> Callable[[AttentionCall], Attended]:
     errors: dict[str, float] = {}
 
     def look(seen: AttentionCall) -> Attended:
-        query, key, value, geometry, kv_len, numbers, method, scale = seen.arguments
-        sparsity, number = numbers.tolist()
+        sparsity, number = seen.numbers.tolist()
         if power and seen.path in errors:
             weights = {path: error**power for path, error in errors.items()}
             part = weights[seen.path] * len(weights) / sum(weights.values())
             sparsity = max(0.0, 1 - (1 - sparsity) * part)
-        shared = numbers.new_tensor([sparsity, number])
-        result = attend(query, key, value, geometry, kv_len, shared, method, scale)
+        shared = seen.numbers.new_tensor([sparsity, number])
+        result = attend(*seen._replace(numbers=shared).arguments)
         _, after, whole = result.squares.tolist()
         if whole and after:
             errors[seen.path] = (after / whole) ** 0.5
@@ -71,20 +64,11 @@ def packed(records: list[dict[str, Any]]) -> list[dict[str, Any]]:
     return found
 
 
-def main() -> None:
-    """Run the study."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--output", type=Path, required=True, help="a JSON file")
-    parser.add_argument("--captions", type=int, default=32)
-    parser.add_argument("--processes", type=int, default=6, help="that share the GPU")
-    args = parser.parse_args()
-    captions = (WEIGHTS / "prompts.txt").read_text().splitlines()[: args.captions]
-    todo = [Unit(grid, 14, (caption,), (), False) for caption in captions for grid in GRIDS]
-    with multiprocessing.get_context("spawn").Pool(args.processes) as pool:
-        records = [record for found in pool.imap(run_unit, todo) for record in found]
-    facts = {"environment": environment(torch.device("cuda")), "captions": captions, "settings": packed(records)}
-    args.output.write_text(json.dumps(facts) + "\n")
-
-
 if __name__ == "__main__":
-    main()
+    study(
+        __doc__,
+        captions=32,
+        units=lambda captions: [Unit(grid, 14, (caption,), (), False) for caption in captions for grid in GRIDS],
+        run_unit=run_unit,
+        record=lambda _, results: {"settings": packed([record for found in results for record in found])},
+    )

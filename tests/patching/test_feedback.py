@@ -160,20 +160,12 @@ def test_a_run_that_is_as_thought_keeps_to_the_shape(steps: int) -> None:
     assert mean(errors) == pytest.approx(0.1, rel=1e-4)
 
 
-def late_densities(factor: float) -> list[float]:
-    """Run a model with that many times the usual errors; return the second half's densities beside the shape."""
-
-    def true(density: float, left: float) -> float:
-        return factor * USUAL.error(density, left)
-
-    densities, _ = simulate(Feedback(0.1, falling), 20, true)
-    shape = falling(mean(densities), left_of(20))
-    return [density / usual for density, usual in zip(densities[10:], shape[10:], strict=True)]
-
-
 def test_a_run_makes_up_for_too_dense_steps_only_in_part() -> None:
     """Errors turn out half as large as thought: to arrive exactly, the second half would have 0.57 of the shape."""
-    assert mean(late_densities(0.5)) == pytest.approx(0.75, abs=0.05)
+    densities, _ = simulate(Feedback(0.1, falling), 20, lambda density, left: 0.5 * USUAL.error(density, left))
+    shape = falling(mean(densities), left_of(20))
+    late = [density / usual for density, usual in zip(densities[10:], shape[10:], strict=True)]
+    assert mean(late) == pytest.approx(0.75, abs=0.05)
 
 
 def test_a_run_makes_up_for_too_sparse_steps() -> None:
