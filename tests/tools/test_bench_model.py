@@ -117,7 +117,7 @@ def test_a_backend_that_cannot_run_is_found_before_the_work(
     assert message in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("name", ["hunyuan-13b-768p", "wan-14b-768p", "wan-5b-704p"])
+@pytest.mark.parametrize("name", ["hunyuan-13b-768p", "hunyuan-custom-13b", "wan-14b-768p", "wan-5b-704p"])
 def test_whole_runs_dense_and_draft(name: str, tiny_model: str, tmp_path: Path, monkeypatch, capsys) -> None:
     monkeypatch.setattr(bench_model, "_check", lambda *_, **__: None)
     monkeypatch.setattr(bench_model, "DEVICE", torch.device("cpu"))
@@ -147,7 +147,17 @@ def test_a_run_that_ends_without_numbers_is_refused(name: str, tiny_model: str) 
         bench.dense(None, 2, 2)
 
 
-@pytest.mark.parametrize("name", ["hunyuan-13b-768p", "wan-14b-768p"])
+def test_two_texts_of_different_lengths() -> None:
+    """HunyuanCustom's halves of classifier-free guidance, in one batch."""
+    entry = models.MODELS["hunyuan-custom-13b"]
+    shape, device = dataclasses.replace(SHAPES[entry.shape], grid=(1, 2, 2)), torch.device("cpu")
+    given = entry.inputs(shape, device, torch.float32)
+    assert {tensor.shape[0] for tensor in given.values()} == {2}
+    masks = given["encoder_attention_mask"], entry.arguments(shape, device, torch.float32)["prompt_attention_mask"]
+    assert [mask.sum(1).tolist() for mask in masks] == [[831, 415]] * 2
+
+
+@pytest.mark.parametrize("name", ["hunyuan-13b-768p", "hunyuan-custom-13b", "wan-14b-768p"])
 def test_one_step_dense_and_draft(name: str, tiny_model: str, tmp_path: Path, monkeypatch, capsys) -> None:
     monkeypatch.setattr(bench_model, "_check", lambda *_, **__: None)
     monkeypatch.setattr(bench_model, "DEVICE", torch.device("cpu"))

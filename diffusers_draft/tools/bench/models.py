@@ -67,13 +67,19 @@ def _hunyuan_inputs(shape: Shape, device: torch.device, dtype: torch.dtype) -> d
         return torch.randn(size, device=device, dtype=dtype)
 
     return {
-        "hidden_states": noise(1, 16, frames, 2 * rows, 2 * columns),
-        "timestep": torch.full((1,), 500, device=device),
-        "encoder_hidden_states": noise(1, shape.text, 4096),
-        "encoder_attention_mask": torch.ones(1, shape.text, dtype=torch.bool, device=device),
-        "pooled_projections": noise(1, 768),
-        "guidance": torch.full((1,), 6000.0, device=device, dtype=dtype),
+        "hidden_states": noise(shape.batch, 16, frames, 2 * rows, 2 * columns),
+        "timestep": torch.full((shape.batch,), 500, device=device),
+        "encoder_hidden_states": noise(shape.batch, shape.text, 4096),
+        "encoder_attention_mask": _text_mask(shape, device),
+        "pooled_projections": noise(shape.batch, 768),
+        "guidance": torch.full((shape.batch,), 6000.0, device=device, dtype=dtype),
     }
+
+
+def _text_mask(shape: Shape, device: torch.device) -> Tensor:
+    """Let the first text fill its room, and a second one half of it, as a prompt and a negative one."""
+    lengths = torch.tensor([shape.text // (sample + 1) for sample in range(shape.batch)], device=device)
+    return torch.arange(shape.text, device=device) < lengths[:, None]
 
 
 def _hunyuan_pipeline(transformer: nn.Module, scheduler: Any) -> Any:
@@ -86,15 +92,15 @@ def _hunyuan_pipeline(transformer: nn.Module, scheduler: Any) -> Any:
 def _size(shape: Shape, channels: int, device: torch.device) -> dict[str, Any]:
     """Make the arguments that every pipeline has; the size in pixels is only checked, as the latents are given."""
     frames, rows, columns = shape.grid
-    latents = torch.randn(1, channels, frames, 2 * rows, 2 * columns, device=device)
+    latents = torch.randn(shape.batch, channels, frames, 2 * rows, 2 * columns, device=device)
     return {"latents": latents, "height": 16 * rows, "width": 16 * columns, "num_frames": 4 * frames - 3}
 
 
 def _hunyuan_arguments(shape: Shape, device: torch.device, dtype: torch.dtype) -> dict[str, Any]:
     return _size(shape, 16, device) | {
-        "prompt_embeds": torch.randn(1, shape.text, 4096, device=device, dtype=dtype),
-        "pooled_prompt_embeds": torch.randn(1, 768, device=device, dtype=dtype),
-        "prompt_attention_mask": torch.ones(1, shape.text, dtype=torch.bool, device=device),
+        "prompt_embeds": torch.randn(shape.batch, shape.text, 4096, device=device, dtype=dtype),
+        "pooled_prompt_embeds": torch.randn(shape.batch, 768, device=device, dtype=dtype),
+        "prompt_attention_mask": _text_mask(shape, device),
     }
 
 
@@ -166,6 +172,7 @@ MODELS = {
     "hunyuan-13b-768p": _hunyuan_model("hunyuan-768p"),
     "hunyuan-13b-720p": _hunyuan_model("hunyuan-720p"),
     "hunyuan-13b-544p": _hunyuan_model("hunyuan-544p"),
+    "hunyuan-custom-13b": _hunyuan_model("hunyuan-custom"),
     "wan-14b-768p": _wan_model("wan-14b-768p", _wan, 40, 16, 5.0),
     "wan-14b-720p": _wan_model("wan-14b-720p", _wan, 40, 16, 5.0),
     "wan-14b-480p": _wan_model("wan-14b-480p", _wan, 40, 16, 3.0),
