@@ -19,7 +19,7 @@ from diffusers_draft.cli import bench, main, outputs
 from diffusers_draft.config import DraftConfig
 from diffusers_draft.tools.bench import step
 from diffusers_draft.tools.bench.attention import Row, run_dense, run_draft
-from diffusers_draft.tools.bench.measure import Time
+from diffusers_draft.tools.bench.measure import Time, environment
 from diffusers_draft.tools.bench.pictures import plot, plot_error
 from diffusers_draft.tools.bench.reference import Case, relative_error
 from diffusers_draft.tools.bench.rival import run_rival
@@ -88,6 +88,19 @@ def test_tiles_are_given_as_elsewhere(tmp_path: Path) -> None:
     table = tmp_path / "result.json"
     main([*TINY, "--tile", "2x8x8", "--backend", "torch", "--seconds", "0.01", "--json", str(table)])
     assert json.loads(table.read_text())["tile"] == [2, 8, 8]
+
+
+@pytest.mark.parametrize(
+    ("started", "expected"),
+    [
+        ("/opt/venv/bin/diffusers-draft", "diffusers-draft --seconds 1"),
+        ("/repo/diffusers_draft/__main__.py", "diffusers-draft --seconds 1"),
+        ("docs/results/error_study.py", "python docs/results/error_study.py --seconds 1"),
+    ],
+)
+def test_a_record_has_the_command_that_a_reader_can_type(started: str, expected: str, monkeypatch) -> None:
+    monkeypatch.setattr(sys, "argv", [started, "--seconds", "1"])
+    assert environment(torch.device("cpu"))["command"] == expected
 
 
 def test_the_error_against_dense_is_that_of_the_video_rows() -> None:

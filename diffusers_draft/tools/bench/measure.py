@@ -7,6 +7,7 @@ import platform
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 import torch.distributed as dist
@@ -75,5 +76,10 @@ def environment(device: torch.device) -> dict[str, str]:
         "python": platform.python_version(),
         **versions,
         "date": datetime.date.today().isoformat(),
-        "command": " ".join(["diffusers-draft", *sys.argv[1:]]),
+        "command": " ".join([_program(Path(sys.argv[0])), *sys.argv[1:]]),
     }
+
+
+def _program(path: Path) -> str:
+    """Name a script of a study by its path, and the package by its command, however it was started."""
+    return f"python {path}" if path.suffix == ".py" and path.name != "__main__.py" else "diffusers-draft"
