@@ -157,7 +157,7 @@ def test_two_texts_of_different_lengths() -> None:
     assert [mask.sum(1).tolist() for mask in masks] == [[831, 415]] * 2
 
 
-@pytest.mark.parametrize("name", ["hunyuan-13b-768p", "hunyuan-custom-13b", "wan-14b-768p"])
+@pytest.mark.parametrize("name", ["hunyuan-13b-768p", "wan-14b-768p"])
 def test_one_step_dense_and_draft(name: str, tiny_model: str, tmp_path: Path, monkeypatch, capsys) -> None:
     monkeypatch.setattr(bench_model, "_check", lambda *_, **__: None)
     monkeypatch.setattr(bench_model, "DEVICE", torch.device("cpu"))
