@@ -26,7 +26,7 @@ MEMORY = 64
 """Steps that a loop without a known run goes by."""
 RELUCTANCE = 0.3
 """While all of a run is to come, leaving the shape for densities lower by a factor is as bad as an error off by
-`exp(RELUCTANCE log(factor)**2)`: 5 % for a third less, which costs no fidelity, and 15 % for half, which does."""
+`exp(RELUCTANCE log(factor)**2)`: 5 % for a third less, which costs little, and 15 % for half, which costs much."""
 NARROWINGS = 30
 
 
