@@ -4,47 +4,21 @@ Run `python docs/results/falling_constants.py --output FILE` in a checkout on a 
 of it.
 """
 
-import dataclasses
-import functools
-from collections.abc import Sequence
-from unittest import mock
-
-import shape_deviations
-from fidelity_study import Unit
+from fidelity_study import BATCH, GRIDS, Unit, draft, packed, run_unit
 from over_captions import study
-from shape_deviations import record, run_unit
 
-from diffusers_draft import schedules
-
-MEANS = (0.1, 0.2, 0.35)
-CONSTANTS = ((2, 0.25), (3, 0.15), (3, 0.35), (3, 0.5), (4, 0.25), (4, 0.35), (4, 0.5))
-"""Power and end."""
-OTHER_STEPS = (4, 8, 30)
-"""On one grid, beside the 14 on all."""
+SPARSITIES = (0.9, 0.8, 0.65)
+CONSTANTS = ((3, 0.25), (2, 0.25), (3, 0.15), (3, 0.35), (3, 0.5), (4, 0.25), (4, 0.35), (4, 0.5))
+"""Power and end, those in use first."""
+VARIANTS = tuple(draft(sparsity, power=power, end=end) for sparsity in SPARSITIES for power, end in CONSTANTS)
+KINDS = [*((grid, 14) for grid in GRIDS), *(("wide", steps) for steps in (4, 8, 30))]
+"""Grids, and numbers of steps."""
 
 
-def falling(power: float, end: float, mean: float, left: Sequence[float]) -> list[float]:
-    """Fall with other constants."""
-    with mock.patch.multiple(schedules, POWER=power, END=end):
-        return schedules.falling(mean, left)
-
-
-SHAPES: dict[str, schedules.Schedule] = {
-    "falling": schedules.falling,
-    **{f"power {power}, end {end}": functools.partial(falling, power, end) for power, end in CONSTANTS},
-}
-
-
-def units(captions: list[str]) -> list[tuple[Unit, float]]:
+def units(captions: list[str]) -> list[Unit]:
     """List the work, several captions in one batch."""
-    usual = shape_deviations.units(captions, MEANS)
-    others = [
-        (dataclasses.replace(unit, steps=steps), mean)
-        for unit, mean in usual
-        if unit.grid == "wide"
-        for steps in OTHER_STEPS
-    ]
-    return usual + others
+    batches = [tuple(captions[start : start + BATCH]) for start in range(0, len(captions), BATCH)]
+    return [Unit(grid, steps, batch, VARIANTS, False) for batch in batches for grid, steps in KINDS]
 
 
 if __name__ == "__main__":
@@ -52,6 +26,6 @@ if __name__ == "__main__":
         __doc__,
         captions=48,
         units=units,
-        run_unit=functools.partial(run_unit, shapes=SHAPES),
-        record=record,
+        run_unit=run_unit,
+        record=lambda _, results: packed([clip for found in results for clip in found], {}),
     )

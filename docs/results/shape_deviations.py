@@ -60,13 +60,13 @@ SHAPES: dict[str, schedules.Schedule] = {
 }
 
 
-def run_unit(work: tuple[Unit, float], shapes: dict[str, schedules.Schedule] = SHAPES) -> list[dict[str, Any]]:
+def run_unit(work: tuple[Unit, float]) -> list[dict[str, Any]]:
     """Make the clips of some captions with every shape and compare them with the dense ones."""
     unit, mean = work
     pipe, metrics = tools()
     whole, records = clips_of(pipe, unit), []
     falling = schedules.SCHEDULES["falling"]
-    for name, shape in shapes.items():
+    for name, shape in SHAPES.items():
         schedules.SCHEDULES["falling"] = shape
         try:
             with enable_draft_attention(pipe, sparsity=1 - mean):
@@ -74,20 +74,21 @@ def run_unit(work: tuple[Unit, float], shapes: dict[str, schedules.Schedule] = S
         finally:
             schedules.SCHEDULES["falling"] = falling
         found = [round(fidelity(clip, one, metrics)["psnr"], 3) for clip, one in zip(clips, whole, strict=True)]
-        records.append({"grid": unit.grid, "steps": unit.steps, "mean": mean, "shape": name, "psnr": found})
+        records.append({"grid": unit.grid, "mean": mean, "shape": name, "psnr": found})
     return records
 
 
-def units(captions: list[str], means: Sequence[float] = MEANS) -> list[tuple[Unit, float]]:
+def units(captions: list[str]) -> list[tuple[Unit, float]]:
     """List the work, several captions in one batch."""
     batches = [tuple(captions[start : start + BATCH]) for start in range(0, len(captions), BATCH)]
-    return [(Unit(grid, 14, batch, (), False), mean) for batch in batches for grid in GRIDS for mean in means]
-
-
-def record(_: list[tuple[Unit, float]], results: list[list[dict[str, Any]]]) -> dict[str, Any]:
-    """Put the clips one after the other."""
-    return {"settings": [one for found in results for one in found]}
+    return [(Unit(grid, 14, batch, (), False), mean) for batch in batches for grid in GRIDS for mean in MEANS]
 
 
 if __name__ == "__main__":
-    study(__doc__, captions=24, units=units, run_unit=run_unit, record=record)
+    study(
+        __doc__,
+        captions=24,
+        units=units,
+        run_unit=run_unit,
+        record=lambda _, results: {"settings": [record for found in results for record in found]},
+    )

@@ -118,9 +118,11 @@ def _wan_inputs(channels: int) -> Callable[[Shape, torch.device, torch.dtype], d
     def inputs(shape: Shape, device: torch.device, dtype: torch.dtype) -> dict[str, Tensor]:
         frames, rows, columns = shape.grid
         return {
-            "hidden_states": torch.randn(1, channels, frames, 2 * rows, 2 * columns, device=device, dtype=dtype),
-            "timestep": torch.full((1,), 500, device=device),
-            "encoder_hidden_states": torch.randn(1, 512, 4096, device=device, dtype=dtype),
+            "hidden_states": torch.randn(
+                shape.batch, channels, frames, 2 * rows, 2 * columns, device=device, dtype=dtype
+            ),
+            "timestep": torch.full((shape.batch,), 500, device=device),
+            "encoder_hidden_states": torch.randn(shape.batch, 512, 4096, device=device, dtype=dtype),
         }
 
     return inputs
@@ -139,7 +141,7 @@ def _wan_pipeline(**config: Any) -> Callable[[nn.Module, Any], Any]:
 def _wan_arguments(channels: int) -> Callable[[Shape, torch.device, torch.dtype], dict[str, Any]]:
     def arguments(shape: Shape, device: torch.device, dtype: torch.dtype) -> dict[str, Any]:
         names = "prompt_embeds", "negative_prompt_embeds"
-        prompts = {name: torch.randn(1, 512, 4096, device=device, dtype=dtype) for name in names}
+        prompts = {name: torch.randn(shape.batch, 512, 4096, device=device, dtype=dtype) for name in names}
         return _size(shape, channels, device) | prompts
 
     return arguments
