@@ -16,17 +16,18 @@ from torch.utils.weak import WeakTensorKeyDictionary
 from ..schedules import Schedule as Shape
 from .error_curve import ErrorCurve, Point
 
-USUAL = ErrorCurve(level=-4.27, slope=0.77, drift=0.37, start=0.48, spread=(0.8, 0.2, 0.3, 1.0))
-"""Before anything was measured: what docs/results/error_curve.py found of the demo's model. Others may differ much."""
+USUAL = ErrorCurve(level=-4.3, slope=0.8, drift=0.55, start=0.35, spread=(0.8, 0.2, 0.3, 1.0))
+"""Before anything was measured: what first runs of the demo's model did best with, see docs/trials.md. Other models may
+differ much."""
 LAG = 2
 """A step goes by the errors of steps at least so many before it: the device may still be at those in between."""
 SMALLEST = 1e-9
 """Error of a run in which nothing is skipped, so that it has a logarithm."""
 MEMORY = 64
 """Steps that a loop without a known run goes by."""
-RELUCTANCE = 0.3
+RELUCTANCE = 0.2
 """While all of a run is to come, leaving the shape for densities lower by a factor is as bad as an error off by
-`exp(RELUCTANCE log(factor)**2)`: 5 % for a third less, which costs little, and 15 % for half, which costs much."""
+`exp(RELUCTANCE log(factor)**2)`: 3 % for a third less, which costs little, and 10 % for half, which costs much."""
 NARROWINGS = 30
 
 

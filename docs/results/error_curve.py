@@ -47,7 +47,7 @@ if __name__ == "__main__":
     study(
         __doc__,
         captions=18,
-        units=lambda captions: [Unit(grid, STEPS, (caption,), (), False) for grid in GRIDS for caption in captions],
+        units=lambda captions: [Unit(grid, STEPS, (caption,)) for grid in GRIDS for caption in captions],
         run_unit=run_unit,
         record=record,
     )

@@ -8,7 +8,6 @@ One caption at a time: errors of a batch are one.
 import argparse
 import json
 import math
-import multiprocessing
 import statistics
 import time
 from pathlib import Path
@@ -16,6 +15,7 @@ from typing import Any
 
 import torch
 from fidelity_study import GRIDS, Unit, clips_of, tools
+from over_captions import processes
 
 from diffusers_draft import enable_draft_attention
 from diffusers_draft.tools.bench.measure import environment
@@ -33,7 +33,7 @@ def units(captions: list[str]) -> list[Unit]:
     found = []
     for number, caption in enumerate(captions):
         kinds = [(grid, 14) for grid in GRIDS] + [("wide", steps) for steps in (4, 30) if number % 4 == 0]
-        found += [Unit(grid, steps, (caption,), (), False) for grid, steps in kinds]
+        found += [Unit(grid, steps, (caption,)) for grid, steps in kinds]
     return found
 
 
@@ -54,7 +54,7 @@ def run_unit(unit: Unit) -> list[dict[str, Any]]:
             {"grid": unit.grid, "steps": unit.steps, "prompt": unit.captions[0], "target": target}
             | {"reached": round(error.after, 5)}
             | {"settled": round(settled, 4), "densities": [round(forward.density, 4) for forward in run]}
-            | {"errors": [round(forward.error.after, 5) for forward in run if forward.error]}
+            | {"errors": [round(forward.error.after, 5) if forward.error else 0.0 for forward in run]}
             | {"computed": round(work(None, report)["computed"], 5)}
             | {"fixed_computed": round(work(None, fixed_report)["computed"], 5)}
             | {"psnr": round(fidelity(clip, dense, metrics)["psnr"], 3)}
@@ -71,17 +71,23 @@ def packed(records: list[dict[str, Any]], facts: dict[str, Any]) -> dict[str, An
         facts: what a reader must know of them.
 
     Returns:
-        `facts`; `captions`; and `settings`, each with `grid`, `steps`, `target` and `clips`: caption's number, error
-        reached, whether the density ended at a bound, share of all pairs with and without feedback, and both PSNR.
+        `facts`; `captions`; and `settings`, each with `grid`, `steps`, `target`; `densities` and `errors` of its
+        forwards, means of all captions; and `clips`: caption's number, error reached, whether the density ended at a
+        bound, share of all pairs with and without feedback, and both PSNR.
     """
     captions = list(dict.fromkeys(record["prompt"] for record in records))
     settings: dict[tuple[str, int, float], dict[str, Any]] = {}
     for one in records:
         key = one["grid"], one["steps"], one["target"]
         entry = settings.setdefault(key, dict(zip(("grid", "steps", "target"), key, strict=True)) | {"clips": []})
+        for name in ("densities", "errors"):
+            entry.setdefault(name, []).append(one[name])
         bounded = one["densities"][-1] < LEAST[one["grid"]] + 1e-3 or one["densities"][-1] == 1
         numbers = [one[name] for name in ("computed", "fixed_computed", "psnr", "fixed_psnr")]
         entry["clips"].append([captions.index(one["prompt"]), one["reached"], bounded, *numbers])
+    for entry in settings.values():
+        for name in ("densities", "errors"):
+            entry[name] = [round(statistics.mean(forward), 4) for forward in zip(*entry[name], strict=True)]
     return facts | {"captions": captions, "settings": list(settings.values())}
 
 
@@ -124,8 +130,9 @@ def main() -> None:
     parser.add_argument("--output", type=Path, required=True, help="JSON lines, the first with the environment")
     parser.add_argument("--pack", type=Path, help="put these JSON lines together in the output, and print their table")
     parser.add_argument("--captions", type=int, default=64)
+    parser.add_argument("--skip", type=int, default=0, help="units that were made before")
     parser.add_argument("--minutes", type=float, default=math.inf, help="begin no caption after this time")
-    parser.add_argument("--processes", type=int, default=6, help="that share the GPU")
+    parser.add_argument("--processes", type=int, default=6, help="that share the GPUs")
     args = parser.parse_args()
     if args.pack:
         facts, *records = map(json.loads, args.pack.read_text().splitlines())
@@ -133,15 +140,15 @@ def main() -> None:
         args.output.write_text(json.dumps(record) + "\n")
         print(table(record))
         return
-    todo = units((WEIGHTS / "prompts.txt").read_text().splitlines()[: args.captions])
+    todo = units((WEIGHTS / "prompts.txt").read_text().splitlines()[: args.captions])[args.skip :]
     begin = time.perf_counter()
-    context = multiprocessing.get_context("spawn")
-    with args.output.open("a") as file, context.Pool(args.processes) as pool:
-        file.write(json.dumps(environment(torch.device("cuda"))) + "\n")
+    with args.output.open("a") as file, processes(args.processes) as pool:
+        if not args.skip:
+            file.write(json.dumps(environment(torch.device("cuda"))) + "\n")
         for number, records in enumerate(pool.imap(run_unit, todo)):
             file.writelines(json.dumps(record) + "\n" for record in records)
             file.flush()
-            print(f"{number + 1} of {len(todo)}, {time.perf_counter() - begin:.0f} s", flush=True)
+            print(f"unit {args.skip + number}, {time.perf_counter() - begin:.0f} s", flush=True)
             if time.perf_counter() - begin > 60 * args.minutes:
                 pool.terminate()
                 break

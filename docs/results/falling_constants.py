@@ -8,8 +8,8 @@ from fidelity_study import BATCH, GRIDS, Unit, draft, packed, run_unit
 from over_captions import study
 
 SPARSITIES = (0.9, 0.8, 0.65)
-CONSTANTS = ((3, 0.25), (2, 0.25), (3, 0.15), (3, 0.35), (3, 0.5), (4, 0.25), (4, 0.35), (4, 0.5))
-"""Power and end, those in use first."""
+CONSTANTS = ((3, 0.25), (3, 0.15), (3, 0.35), (3, 0.5), (3, 0.75), (2, 0.5), (4, 0.35), (4, 0.5))
+"""Power and end."""
 VARIANTS = tuple(draft(sparsity, power=power, end=end) for sparsity in SPARSITIES for power, end in CONSTANTS)
 KINDS = [*((grid, 14) for grid in GRIDS), *(("wide", steps) for steps in (4, 8, 30))]
 """Grids, and numbers of steps."""
@@ -18,7 +18,7 @@ KINDS = [*((grid, 14) for grid in GRIDS), *(("wide", steps) for steps in (4, 8, 
 def units(captions: list[str]) -> list[Unit]:
     """List the work, several captions in one batch."""
     batches = [tuple(captions[start : start + BATCH]) for start in range(0, len(captions), BATCH)]
-    return [Unit(grid, steps, batch, VARIANTS, False) for batch in batches for grid, steps in KINDS]
+    return [Unit(grid, steps, batch, VARIANTS) for batch in batches for grid, steps in KINDS]
 
 
 if __name__ == "__main__":

@@ -11,7 +11,6 @@ import contextlib
 import dataclasses
 import json
 import math
-import multiprocessing
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -19,6 +18,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from over_captions import processes
 from PIL import Image
 
 from diffusers_draft import DraftConfig, enable_draft_attention, schedules
@@ -39,7 +39,7 @@ from diffusers_draft.tools.generation.loading import from_pretrained
 GRIDS = {"wide": (192, 384), "tall": (384, 192), "ragged": (240, 304)}
 """Height and width in pixels: 9 x 24 x 48, 9 x 48 x 24 and 9 x 30 x 38 tokens."""
 FRAMES, GUIDANCE, BATCH = 17, 3.0, 8
-FIRST_EDITION: dict[str, Any] = dict(schedule="paper", score="mass", probes=0)
+FIRST_EDITION: dict[str, Any] = dict(schedule="paper", score="mass", probes=0, tile=(2, 8, 8))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -49,14 +49,14 @@ class Variant:
     Attributes:
         config: its options.
         power: how a falling schedule falls.
-        end: its end.
+        end: its end relative to the mean, or None for that of its number of steps.
         ridge: weight of the penalty.
         noise: whether the density falls with the noise instead of with the steps.
     """
 
     config: DraftConfig
     power: float = 3.0
-    end: float = 0.25
+    end: float | None = None
     ridge: float = 0.1
     noise: bool = False
 
@@ -71,14 +71,16 @@ class Variant:
     @contextlib.contextmanager
     def in_force(self) -> Iterator[None]:
         """Put the constants in force."""
-        before = schedules.POWER, schedules.END, correct.RIDGE, schedule.share_left
-        schedules.POWER, schedules.END, correct.RIDGE = self.power, self.end, self.ridge
+        before = schedules.POWER, schedules.end_of, correct.RIDGE, schedule.share_left
+        schedules.POWER, correct.RIDGE = self.power, self.ridge
+        if (end := self.end) is not None:
+            schedules.end_of = lambda steps: end
         if self.noise:
             schedule.share_left = noise_left
         try:
             yield
         finally:
-            schedules.POWER, schedules.END, correct.RIDGE, schedule.share_left = before
+            schedules.POWER, schedules.end_of, correct.RIDGE, schedule.share_left = before
 
 
 def noise_left(moment: Moment) -> list[float]:
@@ -109,23 +111,31 @@ SHORT = [FIRST, *(draft(sparsity, tile=(4, 4, 8)) for sparsity in (0.59, 0.8, 0.
 
 @dataclasses.dataclass(frozen=True)
 class Unit:
-    """Captions that are made together."""
+    """Captions that are made together.
+
+    Attributes:
+        grid: one of `GRIDS`.
+        steps: of the run.
+        captions: their texts.
+        variants: what they are made with, beside dense.
+        pictures: folder for frames of them, or None.
+    """
 
     grid: str
     steps: int
     captions: tuple[str, ...]
-    variants: tuple[Variant, ...]
-    looked_at: bool
+    variants: tuple[Variant, ...] = ()
+    pictures: Path | None = None
 
 
-def units(captions: list[str]) -> list[Unit]:
+def units(captions: list[str], pictures: Path) -> list[Unit]:
     """List the work, all grids in turn, so that a study that is cut short is one of fewer captions."""
     batches = [tuple(captions[start : start + BATCH]) for start in range(0, len(captions), BATCH)]
     found = []
     for number, batch in enumerate(batches):
-        found += [Unit(grid, 14, batch, tuple(MAIN), number == 0) for grid in GRIDS]
+        found += [Unit(grid, 14, batch, tuple(MAIN), pictures if number == 0 else None) for grid in GRIDS]
         if number % 2 == 0:
-            found += [Unit("wide", steps, batch, tuple(SHORT), False) for steps in (4, 8, 30)]
+            found += [Unit("wide", steps, batch, tuple(SHORT)) for steps in (4, 8, 30)]
     return found
 
 
@@ -150,9 +160,9 @@ def run_unit(unit: Unit) -> list[dict[str, Any]]:
             measured = fidelity(clip, other, metrics)
             measured["flicker_difference"] = flicker(clip) - flicker(other)
             records.append(common | {"prompt": caption} | {name: round(v, 4) for name, v in measured.items()})
-    if unit.looked_at:
+    if unit.pictures:
         records += _true_errors(pipe, unit)
-        _show(unit, shown)
+        _show(unit, shown, unit.pictures)
     return records
 
 
@@ -212,21 +222,13 @@ def _true_errors(pipe: Any, unit: Unit) -> list[dict[str, Any]]:
     return found
 
 
-def _show(unit: Unit, shown: dict[str, list[np.ndarray]]) -> None:
+def _show(unit: Unit, shown: dict[str, list[np.ndarray]], folder: Path) -> None:
     """Write frames of the first captions, a row for each setting."""
     names = ["dense", *(variant.name for variant in (FIRST, *MAIN[2:7]))]
     rows = [
         np.concatenate([clip[frame] for clip in shown[name][:2] for frame in (4, 8, 12)], axis=1) for name in names
     ]
-    Image.fromarray(np.concatenate(rows)).save(_folder / f"{unit.grid}.png")
-
-
-_folder = Path()
-
-
-def _begin(folder: Path) -> None:
-    global _folder
-    _folder = folder
+    Image.fromarray(np.concatenate(rows)).save(folder / f"{unit.grid}.png")
 
 
 def packed(records: list[dict[str, Any]], facts: dict[str, Any]) -> dict[str, Any]:
@@ -270,17 +272,16 @@ def main() -> None:
     parser.add_argument("--captions", type=int, default=64)
     parser.add_argument("--skip", type=int, default=0, help="units that were made before")
     parser.add_argument("--minutes", type=float, default=math.inf, help="begin no unit after this time")
-    parser.add_argument("--processes", type=int, default=6, help="that share the GPU")
+    parser.add_argument("--processes", type=int, default=6, help="that share the GPUs")
     args = parser.parse_args()
     if args.pack:
         records = [json.loads(line) for line in args.pack.read_text().splitlines()]
         args.output.write_text(json.dumps(packed(records, {"environment": environment(torch.device("cpu"))})) + "\n")
         return
     captions = (WEIGHTS / "prompts.txt").read_text().splitlines()[: args.captions]
-    todo = units(captions)[args.skip :]
+    todo = units(captions, args.output.parent)[args.skip :]
     begin = time.perf_counter()
-    context = multiprocessing.get_context("spawn")
-    with args.output.open("a") as file, context.Pool(args.processes, _begin, (args.output.parent,)) as pool:
+    with args.output.open("a") as file, processes(args.processes) as pool:
         for number, records in enumerate(pool.imap(run_unit, todo)):
             file.writelines(json.dumps(record) + "\n" for record in records)
             file.flush()

@@ -6,12 +6,12 @@ time of its kernel with each size is measured too. docs/trials.md tells what cam
 
 import argparse
 import json
-import multiprocessing
 from pathlib import Path
 from typing import Any
 
 import torch
 from fidelity_study import GRIDS, Unit, clips_of, tools
+from over_captions import processes
 from torch import Tensor
 from torch.nn.functional import pad
 
@@ -140,12 +140,12 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--output", type=Path, required=True)
     parser.add_argument("--captions", type=int, default=16)
-    parser.add_argument("--processes", type=int, default=3, help="that share the GPU")
+    parser.add_argument("--processes", type=int, default=3, help="that share the GPUs")
     args = parser.parse_args()
     captions = (WEIGHTS / "prompts.txt").read_text().splitlines()[: args.captions]
     batches = [tuple(captions[start : start + 8]) for start in range(0, len(captions), 8)]
-    units = [Unit(grid, 14, batch, (), False) for batch in batches for grid in GRIDS]
-    with multiprocessing.get_context("spawn").Pool(args.processes) as pool:
+    units = [Unit(grid, 14, batch) for batch in batches for grid in GRIDS]
+    with processes(args.processes) as pool:
         clips = [record for records in pool.map(run_unit, units, chunksize=1) for record in records]
     record = {"environment": environment(torch.device("cuda")), "clips": clips, "kernel": kernel_times()}
     args.output.write_text(json.dumps(record) + "\n")

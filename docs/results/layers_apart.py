@@ -68,7 +68,7 @@ if __name__ == "__main__":
     study(
         __doc__,
         captions=32,
-        units=lambda captions: [Unit(grid, 14, (caption,), (), False) for caption in captions for grid in GRIDS],
+        units=lambda captions: [Unit(grid, 14, (caption,)) for caption in captions for grid in GRIDS],
         run_unit=run_unit,
         record=lambda _, results: {"settings": packed([record for found in results for record in found])},
     )

@@ -1,8 +1,10 @@
-"""What the smaller studies share: their command line, captions, the processes that share a GPU, and the record."""
+"""What the studies share: the processes that share the GPUs, and a command line, captions and the record."""
 
 import argparse
 import json
 import multiprocessing
+import multiprocessing.pool
+import multiprocessing.queues
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, TypeVar
@@ -14,6 +16,19 @@ from diffusers_draft.tools.demo.model import WEIGHTS
 
 Work = TypeVar("Work")
 Result = TypeVar("Result")
+
+
+def processes(count: int) -> multiprocessing.pool.Pool:
+    """Start so many processes, which take the GPUs in turn."""
+    context = multiprocessing.get_context("spawn")
+    gpus = context.SimpleQueue()
+    for number in range(count):
+        gpus.put(number % torch.cuda.device_count())
+    return context.Pool(count, _take_gpu, (gpus,))
+
+
+def _take_gpu(gpus: multiprocessing.queues.SimpleQueue[int]) -> None:
+    torch.cuda.set_device(gpus.get())
 
 
 def study(
@@ -35,11 +50,11 @@ def study(
     parser = argparse.ArgumentParser(description=about.splitlines()[0])
     parser.add_argument("--output", type=Path, required=True, help="a JSON file")
     parser.add_argument("--captions", type=int, default=captions)
-    parser.add_argument("--processes", type=int, default=6, help="that share the GPU")
+    parser.add_argument("--processes", type=int, default=6, help="that share the GPUs")
     args = parser.parse_args()
     chosen = (WEIGHTS / "prompts.txt").read_text().splitlines()[: args.captions]
     todo = units(chosen)
-    with multiprocessing.get_context("spawn").Pool(args.processes) as pool:
+    with processes(args.processes) as pool:
         results = pool.map(run_unit, todo, chunksize=1)
     facts = {"environment": environment(torch.device("cuda")), "captions": chosen}
     args.output.write_text(json.dumps(facts | record(todo, results)) + "\n")

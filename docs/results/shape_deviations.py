@@ -81,7 +81,7 @@ def run_unit(work: tuple[Unit, float]) -> list[dict[str, Any]]:
 def units(captions: list[str]) -> list[tuple[Unit, float]]:
     """List the work, several captions in one batch."""
     batches = [tuple(captions[start : start + BATCH]) for start in range(0, len(captions), BATCH)]
-    return [(Unit(grid, 14, batch, (), False), mean) for batch in batches for grid in GRIDS for mean in MEANS]
+    return [(Unit(grid, 14, batch), mean) for batch in batches for grid in GRIDS for mean in MEANS]
 
 
 if __name__ == "__main__":

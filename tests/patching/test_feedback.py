@@ -173,7 +173,7 @@ def test_the_last_of_few_steps_does_not_make_up_for_all(target: float) -> None:
     """There is hardly a pair left to save, and much to lose: to arrive exactly it would have a third of the shape."""
     densities, _ = simulate(Feedback(target, falling), 4, lambda density, left: 0.5 * USUAL.error(density, left))
     late = [density / usual for density, usual in zip(densities, falling(mean(densities), left_of(4)), strict=True)]
-    assert min(late) > 0.65
+    assert min(late) > 0.6
 
 
 def test_a_run_makes_up_for_too_sparse_steps() -> None:

@@ -439,8 +439,7 @@ def test_the_study_of_the_defaults_shows_as_many_captions_as_there_are(captions,
     study = runpy.run_path(str(Path(__file__).parents[2] / "docs/results/fidelity_study.py"))
     names = ["dense", *(variant.name for variant in study["MAIN"])]
     clips = [np.full((17, 4, 6, 3), 50 * caption, np.uint8) for caption in range(captions)]
-    study["_begin"](tmp_path)
-    study["_show"](study["Unit"]("wide", 14, ("a caption",) * captions, (), True), dict.fromkeys(names, clips))
+    study["_show"](study["Unit"]("wide", 14, ("a caption",) * captions), dict.fromkeys(names, clips), tmp_path)
     picture = imageio.v3.imread(tmp_path / "wide.png")
     assert picture.shape == (7 * 4, min(captions, 2) * 3 * 6, 3) and picture[0, -1, 0] == 50 * (min(captions, 2) - 1)
 
