@@ -17,8 +17,8 @@ from ..schedules import Schedule as Shape
 from .error_curve import ErrorCurve, Point
 
 USUAL = ErrorCurve(level=-4.3, slope=0.8, drift=0.55, start=0.35, spread=(0.8, 0.2, 0.3, 1.0))
-"""Before anything was measured: what first runs of the demo's model did best with, see docs/trials.md. Other models may
-differ much."""
+"""Before anything was measured: what first runs of the demo's model did best with, see docs/trials.md. Other models
+may differ much."""
 LAG = 2
 """A step goes by the errors of steps at least so many before it: the device may still be at those in between."""
 SMALLEST = 1e-9
