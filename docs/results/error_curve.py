@@ -19,7 +19,7 @@ DENSITIES = (0.03, 0.06, 0.12, 0.25, 0.5, 0.75)
 STEPS = 14
 
 
-def run_unit(unit: Unit) -> list[list[float]]:
+def run_unit(unit: Unit) -> list[dict[str, Any]]:
     """Make a caption's clip; return the mean error of layers and forwards, for each step one at each density."""
     pipe, _ = tools()
     calls: list[Tensor] = []
@@ -34,20 +34,14 @@ def run_unit(unit: Unit) -> list[list[float]]:
         clips_of(pipe, unit)
     _, after, whole = torch.stack(calls).unbind(-1)
     errors = (after / whole).sqrt().unflatten(0, (STEPS, -1)).mean(1)
-    return [[round(error, 5) for error in step] for step in errors.tolist()]
-
-
-def record(units: list[Unit], results: list[list[list[float]]]) -> dict[str, Any]:
-    """Put the clips one after the other."""
-    clips = [{"grid": unit.grid, "errors": errors} for unit, errors in zip(units, results, strict=True)]
-    return {"densities": DENSITIES, "clips": clips}
+    return [{"grid": unit.grid, "errors": [[round(error, 5) for error in step] for step in errors.tolist()]}]
 
 
 if __name__ == "__main__":
     study(
         __doc__,
         captions=18,
-        units=lambda captions: [Unit(grid, STEPS, (caption,)) for grid in GRIDS for caption in captions],
+        units=lambda captions, _: [Unit(grid, STEPS, (caption,)) for grid in GRIDS for caption in captions],
         run_unit=run_unit,
-        record=record,
+        packed=lambda clips: {"densities": DENSITIES, "clips": clips},
     )

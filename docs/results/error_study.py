@@ -5,21 +5,15 @@ error asked for by a handle of its own, and with the sparsity that came of it an
 One caption at a time: errors of a batch are one.
 """
 
-import argparse
-import json
 import math
 import statistics
-import time
 from pathlib import Path
 from typing import Any
 
-import torch
 from fidelity_study import GRIDS, Unit, clips_of, tools
-from over_captions import processes
+from over_captions import study
 
 from diffusers_draft import enable_draft_attention
-from diffusers_draft.tools.bench.measure import environment
-from diffusers_draft.tools.demo.model import WEIGHTS
 from diffusers_draft.tools.evaluation.metrics import fidelity
 from diffusers_draft.tools.evaluation.study import work
 
@@ -28,8 +22,8 @@ LEAST = {"wide": 1 / 81, "tall": 1 / 81, "ragged": (80 * 2 + 81) / 81**2}
 """One block of 81 for each; the ragged grid has 80 and a rest, all of whose pairs are computed."""
 
 
-def units(captions: list[str]) -> list[Unit]:
-    """List the work so that a study that is cut short is one of fewer captions."""
+def units(captions: list[str], _: Path) -> list[Unit]:
+    """List the work, caption by caption."""
     found = []
     for number, caption in enumerate(captions):
         kinds = [(grid, 14) for grid in GRIDS] + [("wide", steps) for steps in (4, 30) if number % 4 == 0]
@@ -63,17 +57,13 @@ def run_unit(unit: Unit) -> list[dict[str, Any]]:
     return records
 
 
-def packed(records: list[dict[str, Any]], facts: dict[str, Any]) -> dict[str, Any]:
+def packed(records: list[dict[str, Any]]) -> dict[str, Any]:
     """Put the records of clips together.
 
-    Args:
-        records: the JSON lines.
-        facts: what a reader must know of them.
-
     Returns:
-        `facts`; `captions`; and `settings`, each with `grid`, `steps`, `target`; `densities` and `errors` of its
-        forwards, means of all captions; and `clips`: caption's number, error reached, whether the density ended at a
-        bound, share of all pairs with and without feedback, and both PSNR.
+        `settings`, each with `grid`, `steps`, `target`; `densities` and `errors` of its forwards, means of all
+        captions; and `clips`: caption's number, error reached, whether the density ended at a bound, share of all
+        pairs with and without feedback, and both PSNR.
     """
     captions = list(dict.fromkeys(record["prompt"] for record in records))
     settings: dict[tuple[str, int, float], dict[str, Any]] = {}
@@ -88,7 +78,7 @@ def packed(records: list[dict[str, Any]], facts: dict[str, Any]) -> dict[str, An
     for entry in settings.values():
         for name in ("densities", "errors"):
             entry[name] = [round(statistics.mean(forward), 4) for forward in zip(*entry[name], strict=True)]
-    return facts | {"captions": captions, "settings": list(settings.values())}
+    return {"settings": list(settings.values())}
 
 
 def table(record: dict[str, Any]) -> str:
@@ -124,35 +114,5 @@ def table(record: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
-def main() -> None:
-    """Run the study, or put its lines together."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--output", type=Path, required=True, help="JSON lines, the first with the environment")
-    parser.add_argument("--pack", type=Path, help="put these JSON lines together in the output, and print their table")
-    parser.add_argument("--captions", type=int, default=64)
-    parser.add_argument("--skip", type=int, default=0, help="units that were made before")
-    parser.add_argument("--minutes", type=float, default=math.inf, help="begin no caption after this time")
-    parser.add_argument("--processes", type=int, default=6, help="that share the GPUs")
-    args = parser.parse_args()
-    if args.pack:
-        facts, *records = map(json.loads, args.pack.read_text().splitlines())
-        record = packed(records, {"environment": facts})
-        args.output.write_text(json.dumps(record) + "\n")
-        print(table(record))
-        return
-    todo = units((WEIGHTS / "prompts.txt").read_text().splitlines()[: args.captions])[args.skip :]
-    begin = time.perf_counter()
-    with args.output.open("a") as file, processes(args.processes) as pool:
-        if not args.skip:
-            file.write(json.dumps(environment(torch.device("cuda"))) + "\n")
-        for number, records in enumerate(pool.imap(run_unit, todo)):
-            file.writelines(json.dumps(record) + "\n" for record in records)
-            file.flush()
-            print(f"unit {args.skip + number}, {time.perf_counter() - begin:.0f} s", flush=True)
-            if time.perf_counter() - begin > 60 * args.minutes:
-                pool.terminate()
-                break
-
-
 if __name__ == "__main__":
-    main()
+    print(table(study(__doc__, captions=64, units=units, run_unit=run_unit, packed=packed)))

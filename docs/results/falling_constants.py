@@ -4,7 +4,9 @@ Run `python docs/results/falling_constants.py --output FILE` in a checkout on a 
 of it.
 """
 
-from fidelity_study import BATCH, GRIDS, Unit, draft, packed, run_unit
+from pathlib import Path
+
+from fidelity_study import GRIDS, Unit, batches, draft, packed, run_unit
 from over_captions import study
 
 SPARSITIES = (0.9, 0.8, 0.65)
@@ -15,17 +17,10 @@ KINDS = [*((grid, 14) for grid in GRIDS), *(("wide", steps) for steps in (4, 8, 
 """Grids, and numbers of steps."""
 
 
-def units(captions: list[str]) -> list[Unit]:
+def units(captions: list[str], _: Path) -> list[Unit]:
     """List the work, several captions in one batch."""
-    batches = [tuple(captions[start : start + BATCH]) for start in range(0, len(captions), BATCH)]
-    return [Unit(grid, steps, batch, VARIANTS) for batch in batches for grid, steps in KINDS]
+    return [Unit(grid, steps, batch, VARIANTS) for batch in batches(captions) for grid, steps in KINDS]
 
 
 if __name__ == "__main__":
-    study(
-        __doc__,
-        captions=48,
-        units=units,
-        run_unit=run_unit,
-        record=lambda _, results: packed([clip for found in results for clip in found], {}),
-    )
+    study(__doc__, captions=32, units=units, run_unit=run_unit, packed=packed)

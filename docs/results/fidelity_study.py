@@ -1,4 +1,4 @@
-"""The study of fidelity with the demo's model: the settings, run on a GPU, and what came of them as JSON lines.
+"""The study of fidelity with the demo's model: the settings, run on a GPU, and what came of them.
 
 Run `python docs/results/fidelity_study.py --output FILE` in a checkout, on a machine with a GPU. Every caption is made
 dense and with every setting from the same noise, several captions in one batch. `diffusers-draft eval` does the same
@@ -6,10 +6,8 @@ for any model and any options, one clip at a time. Variants of what is no option
 were: how a schedule falls, and the weight of the penalty.
 """
 
-import argparse
 import contextlib
 import dataclasses
-import json
 import math
 import time
 from collections.abc import Iterator
@@ -18,7 +16,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from over_captions import processes
+from over_captions import study
 from PIL import Image
 
 from diffusers_draft import DraftConfig, enable_draft_attention, schedules
@@ -29,7 +27,6 @@ from diffusers_draft.attention.steps.plain import attend_to_valid
 from diffusers_draft.patching import schedule
 from diffusers_draft.patching.clock import Moment
 from diffusers_draft.patching.forward import AttentionCall
-from diffusers_draft.tools.bench.measure import environment
 from diffusers_draft.tools.demo.model import WEIGHTS
 from diffusers_draft.tools.evaluation.metrics import fidelity, fidelity_metrics, flicker
 from diffusers_draft.tools.evaluation.settings import Setting
@@ -128,11 +125,15 @@ class Unit:
     pictures: Path | None = None
 
 
+def batches(captions: list[str]) -> list[tuple[str, ...]]:
+    """Put captions together that are made in one batch."""
+    return [tuple(captions[start : start + BATCH]) for start in range(0, len(captions), BATCH)]
+
+
 def units(captions: list[str], pictures: Path) -> list[Unit]:
-    """List the work, all grids in turn, so that a study that is cut short is one of fewer captions."""
-    batches = [tuple(captions[start : start + BATCH]) for start in range(0, len(captions), BATCH)]
+    """List the work, all grids in turn."""
     found = []
-    for number, batch in enumerate(batches):
+    for number, batch in enumerate(batches(captions)):
         found += [Unit(grid, 14, batch, tuple(MAIN), pictures if number == 0 else None) for grid in GRIDS]
         if number % 2 == 0:
             found += [Unit("wide", steps, batch, tuple(SHORT)) for steps in (4, 8, 30)]
@@ -231,16 +232,12 @@ def _show(unit: Unit, shown: dict[str, list[np.ndarray]], folder: Path) -> None:
     Image.fromarray(np.concatenate(rows)).save(folder / f"{unit.grid}.png")
 
 
-def packed(records: list[dict[str, Any]], facts: dict[str, Any]) -> dict[str, Any]:
+def packed(records: list[dict[str, Any]]) -> dict[str, Any]:
     """Put the records of clips together, one entry for each grid, number of steps and setting.
 
-    Args:
-        records: the JSON lines.
-        facts: what a reader must know of them.
-
     Returns:
-        `facts`; `captions`; `settings`, each with `clips`: caption's number, PSNR, SSIM and difference of flicker; and
-        `errors`, the measured and the true errors of single calls.
+        `settings`, each with `clips`: caption's number, PSNR, SSIM and difference of flicker; and `errors`, the
+        measured and the true errors of single calls.
     """
     clips = [record for record in records if "psnr" in record]
     captions = list(dict.fromkeys(clip["prompt"] for clip in clips))
@@ -261,38 +258,8 @@ def packed(records: list[dict[str, Any]], facts: dict[str, Any]) -> dict[str, An
         for record in records
         if "true" in record
     ]
-    return facts | {"captions": captions, "settings": list(settings.values()), "errors": errors}
-
-
-def main() -> None:
-    """Run the study, or put its lines together."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--output", type=Path, required=True, help="JSON lines; pictures go beside it")
-    parser.add_argument("--pack", type=Path, help="put these JSON lines together in the output, and make no clips")
-    parser.add_argument("--captions", type=int, default=64)
-    parser.add_argument("--skip", type=int, default=0, help="units that were made before")
-    parser.add_argument("--minutes", type=float, default=math.inf, help="begin no unit after this time")
-    parser.add_argument("--processes", type=int, default=6, help="that share the GPUs")
-    args = parser.parse_args()
-    if args.pack:
-        records = [json.loads(line) for line in args.pack.read_text().splitlines()]
-        args.output.write_text(json.dumps(packed(records, {"environment": environment(torch.device("cpu"))})) + "\n")
-        return
-    captions = (WEIGHTS / "prompts.txt").read_text().splitlines()[: args.captions]
-    todo = units(captions, args.output.parent)[args.skip :]
-    begin = time.perf_counter()
-    with args.output.open("a") as file, processes(args.processes) as pool:
-        for number, records in enumerate(pool.imap(run_unit, todo)):
-            file.writelines(json.dumps(record) + "\n" for record in records)
-            file.flush()
-            print(
-                f"unit {args.skip + number} of {len(todo) + args.skip}, {time.perf_counter() - begin:.0f} s",
-                flush=True,
-            )
-            if time.perf_counter() - begin > 60 * args.minutes:
-                pool.terminate()
-                break
+    return {"settings": list(settings.values()), "errors": errors}
 
 
 if __name__ == "__main__":
-    main()
+    study(__doc__, captions=64, units=units, run_unit=run_unit, packed=packed)

@@ -4,14 +4,11 @@ Run `python docs/results/finer_keys.py --output FILE` in a checkout, on a machin
 time of its kernel with each size is measured too. docs/trials.md tells what came of it.
 """
 
-import argparse
-import json
-from pathlib import Path
 from typing import Any
 
 import torch
-from fidelity_study import GRIDS, Unit, clips_of, tools
-from over_captions import processes
+from fidelity_study import GRIDS, Unit, batches, clips_of, tools
+from over_captions import study
 from torch import Tensor
 from torch.nn.functional import pad
 
@@ -23,9 +20,8 @@ from diffusers_draft.attention.kernels import number_of
 from diffusers_draft.attention.method import Method
 from diffusers_draft.attention.ops import Attended
 from diffusers_draft.patching.forward import AttentionCall
-from diffusers_draft.tools.bench.measure import environment, measure
+from diffusers_draft.tools.bench.measure import measure
 from diffusers_draft.tools.bench.shapes import SHAPES, random_inputs
-from diffusers_draft.tools.demo.model import WEIGHTS
 from diffusers_draft.tools.evaluation.metrics import fidelity, flicker
 from diffusers_draft.tools.evaluation.study import work
 
@@ -135,21 +131,11 @@ def kernel_times(shape: str = "hunyuan-768p", seconds: float = 0.3) -> list[dict
     return found
 
 
-def main() -> None:
-    """Run the trial."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--output", type=Path, required=True)
-    parser.add_argument("--captions", type=int, default=16)
-    parser.add_argument("--processes", type=int, default=3, help="that share the GPUs")
-    args = parser.parse_args()
-    captions = (WEIGHTS / "prompts.txt").read_text().splitlines()[: args.captions]
-    batches = [tuple(captions[start : start + 8]) for start in range(0, len(captions), 8)]
-    units = [Unit(grid, 14, batch) for batch in batches for grid in GRIDS]
-    with processes(args.processes) as pool:
-        clips = [record for records in pool.map(run_unit, units, chunksize=1) for record in records]
-    record = {"environment": environment(torch.device("cuda")), "clips": clips, "kernel": kernel_times()}
-    args.output.write_text(json.dumps(record) + "\n")
-
-
 if __name__ == "__main__":
-    main()
+    study(
+        __doc__,
+        captions=16,
+        units=lambda captions, _: [Unit(grid, 14, batch) for batch in batches(captions) for grid in GRIDS],
+        run_unit=run_unit,
+        packed=lambda clips: {"clips": clips, "kernel": kernel_times()},
+    )

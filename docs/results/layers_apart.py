@@ -54,21 +54,21 @@ def run_unit(unit: Unit) -> list[dict[str, Any]]:
     return records
 
 
-def packed(records: list[dict[str, Any]]) -> list[dict[str, Any]]:
+def packed(records: list[dict[str, Any]]) -> dict[str, Any]:
     """Put the clips of each grid and power together: share of the pairs and PSNR of one caption after the other."""
     found = []
     for grid in GRIDS:
         for power in POWERS:
             clips = [[one["computed"], one["psnr"]] for one in records if (one["grid"], one["power"]) == (grid, power)]
             found.append({"grid": grid, "power": power, "clips": clips})
-    return found
+    return {"settings": found}
 
 
 if __name__ == "__main__":
     study(
         __doc__,
         captions=32,
-        units=lambda captions: [Unit(grid, 14, (caption,)) for caption in captions for grid in GRIDS],
+        units=lambda captions, _: [Unit(grid, 14, (caption,)) for caption in captions for grid in GRIDS],
         run_unit=run_unit,
-        record=lambda _, results: {"settings": packed([record for found in results for record in found])},
+        packed=packed,
     )

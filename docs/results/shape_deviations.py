@@ -8,9 +8,10 @@ import functools
 import math
 import random
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
-from fidelity_study import BATCH, GRIDS, Unit, clips_of, tools
+from fidelity_study import GRIDS, Unit, batches, clips_of, tools
 from over_captions import study
 
 from diffusers_draft import enable_draft_attention, schedules
@@ -78,10 +79,9 @@ def run_unit(work: tuple[Unit, float]) -> list[dict[str, Any]]:
     return records
 
 
-def units(captions: list[str]) -> list[tuple[Unit, float]]:
+def units(captions: list[str], _: Path) -> list[tuple[Unit, float]]:
     """List the work, several captions in one batch."""
-    batches = [tuple(captions[start : start + BATCH]) for start in range(0, len(captions), BATCH)]
-    return [(Unit(grid, 14, batch), mean) for batch in batches for grid in GRIDS for mean in MEANS]
+    return [(Unit(grid, 14, batch), mean) for batch in batches(captions) for grid in GRIDS for mean in MEANS]
 
 
 if __name__ == "__main__":
@@ -90,5 +90,5 @@ if __name__ == "__main__":
         captions=24,
         units=units,
         run_unit=run_unit,
-        record=lambda _, results: {"settings": [record for found in results for record in found]},
+        packed=lambda records: {"settings": records},
     )

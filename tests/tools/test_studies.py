@@ -1,0 +1,70 @@
+"""The studies of docs/results: what they share."""
+
+import contextlib
+import json
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+
+import over_captions
+import pytest
+
+
+@pytest.fixture
+def run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """Run a study of captions' lengths, whose processes are one, and whose machine is `machine`."""
+    monkeypatch.setattr(over_captions, "processes", lambda count: contextlib.nullcontext(SimpleNamespace(imap=map)))
+
+    def start(captions: int, run_unit, machine: str = "first", times: int = 1):
+        monkeypatch.setattr(over_captions, "environment", lambda device: {"machine": machine})
+        monkeypatch.setattr(sys, "argv", ["study.py", "--output", f"{tmp_path}/a.json", "--captions", str(captions)])
+        return over_captions.study(
+            "A study.",
+            captions=9,
+            units=lambda chosen, folder: [(caption, times, folder.name) for caption in chosen],
+            run_unit=run_unit,
+            packed=lambda found: {"lengths": [one["length"] for one in found]},
+        )
+
+    return start
+
+
+def lengths(unit: tuple[str, int, str]) -> list[dict[str, int]]:
+    caption, times, _ = unit
+    return [{"length": len(caption)}] * times
+
+
+def test_a_record_has_what_all_parts_found(run, tmp_path: Path) -> None:
+    record = run(3, lengths, times=2)
+    assert len(record["captions"]) == 3 and record["environment"] == {"machine": "first"}
+    assert record["lengths"] == [len(caption) for caption in record["captions"] for _ in range(2)]
+    assert json.loads((tmp_path / "a.json").read_text()) == record
+
+
+def test_a_study_that_was_cut_off_goes_on(run, tmp_path: Path) -> None:
+    seen = []
+
+    def cut_off(unit):
+        seen.append(unit[0])
+        if len(seen) == 3:
+            raise KeyboardInterrupt
+        return lengths(unit)
+
+    with pytest.raises(KeyboardInterrupt):
+        run(5, cut_off)
+    assert not (tmp_path / "a.json").exists()
+    with (tmp_path / "a.jsonl").open("a") as file:
+        file.write('{"unit": "half a line')
+    record = run(5, cut_off, machine="second")
+    assert seen == [*record["captions"][:3], *record["captions"][2:]]
+    assert record["lengths"] == [len(caption) for caption in record["captions"]]
+    assert record["environment"] == {"machine": "first"}
+    assert run(2, cut_off) == record | {"captions": record["captions"][:2], "lengths": record["lengths"][:2]}
+    assert len(seen) == 6
+
+
+def test_other_work_is_not_put_behind_what_is_there(run, capsys) -> None:
+    run(3, lengths)
+    with pytest.raises(SystemExit):
+        run(3, lengths, times=2)
+    assert "a.jsonl has other work than was asked for. Remove it, or give another --output." in capsys.readouterr().err
