@@ -84,7 +84,8 @@ def _whole_lines(path: Path) -> list[Record]:
     """Read the lines that were written to their end, and cut off one that was not."""
     text = path.read_text() if path.exists() else ""
     whole = text[: text.rfind("\n") + 1]
-    path.write_text(whole)
+    if whole != text:
+        path.write_text(whole)
     return [json.loads(line) for line in whole.splitlines()]
 
 
