@@ -25,9 +25,9 @@ class DraftConfig(Method):
         max_error: instead of `sparsity`, the error to arrive at, in (0, 1): the mean over a run's sparse steps of the
             relative error of the corrected attention outputs, as the probes measure it and the report shows it. Before
             each step its density is set from the errors of the steps two before it and earlier.
-        schedule: how the density goes over the run: `"falling"` starts denser and ends sparser than that mean,
-            `"constant"`, or `"paper"`: the dense steps and layers of the paper's code for the model family, then
-            constant.
+        schedule: how the density goes over the run: `"falling"` starts denser and ends sparser than that mean, less
+            so the fewer the steps, `"constant"`, or `"paper"`: the dense steps and layers of the paper's code for the
+            model family, then constant.
         score: what ranks a pair of blocks: `"value"`, the draft's mass times how far the block's mean value lies from
             the output, or `"mass"`, the mass alone (the paper).
         probes: rows of each head whose exact attention is computed to correct the others and to measure the error;

@@ -122,7 +122,7 @@ class Unit:
     steps: int
     captions: tuple[str, ...]
     variants: tuple[Variant, ...] = ()
-    pictures: Path | None = None
+    pictures: Path | None = dataclasses.field(default=None, repr=False)
 
 
 def batches(captions: list[str]) -> list[tuple[str, ...]]:

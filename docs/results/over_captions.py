@@ -1,10 +1,12 @@
 """What the studies share: their command line, captions, the processes that share the GPUs, and the record."""
 
 import argparse
+import hashlib
 import json
 import multiprocessing
 import multiprocessing.pool
 import multiprocessing.queues
+import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, TextIO, TypeVar
@@ -16,6 +18,9 @@ from diffusers_draft.tools.demo.model import WEIGHTS
 
 Work = TypeVar("Work")
 Record = dict[str, Any]
+_texts = (path.read_bytes() for path in sorted(Path(__file__).parent.glob("*.py")))
+SCRIPTS = hashlib.sha256(b"".join(_texts)).hexdigest()
+"""Tells whether a study was changed since it was begun."""
 
 
 def study(
@@ -27,8 +32,9 @@ def study(
 ) -> Record:
     """Run a study from the command line and write its JSON file.
 
-    What is finished is kept in a file of JSON lines beside it: the environment, then each part of the work with what
-    it found. The same command goes on after them where it was cut off, and only puts them together where all is done.
+    What is finished is kept in a file of JSON lines beside it: the scripts' hash and the environment, then each part
+    of the work with what it found. The same command goes on after them where it was cut off, on the same kind of
+    machine, and only puts them together where all is done.
 
     Args:
         about: the script's docstring.
@@ -41,26 +47,30 @@ def study(
         What was written.
     """
     parser = argparse.ArgumentParser(description=about.splitlines()[0])
-    parser.add_argument("--output", type=Path, required=True, help="a JSON file; JSON lines go beside it")
+    parser.add_argument("--output", type=Path, required=True, help="a JSON file; FILE.lines goes beside it")
     parser.add_argument("--captions", type=int, default=captions)
     parser.add_argument("--processes", type=int, default=6, help="that share the GPUs")
     args = parser.parse_args()
     chosen = (WEIGHTS / "prompts.txt").read_text().splitlines()[: args.captions]
     todo = units(chosen, args.output.parent)
-    path = args.output.with_suffix(".jsonl")
+    path = Path(f"{args.output}.lines")
     lines = _whole_lines(path)
-    if any(line["unit"] != repr(unit) for line, unit in zip(lines[1:], todo, strict=False)):
+    expected = [SCRIPTS, *map(repr, todo)]
+    if any(line.get("of") != one for line, one in zip(lines, expected, strict=False)):
         parser.error(f"{path} has other work than was asked for. Remove it, or give another --output.")
     if len(lines) <= len(todo):
         with processes(args.processes) as pool, path.open("a") as file:
+            machine = environment(torch.device("cuda"))
             if not lines:
-                lines.append(_write(file, environment(torch.device("cuda"))))
+                lines.append(_write(file, {"of": SCRIPTS, "found": machine}))
+            if not _alike(machine, lines[0]["found"]):
+                parser.error(f"{path} was begun on another machine: {lines[0]['found']}. This is {machine}.")
             ahead = todo[len(lines) - 1 :]
             for unit, found in zip(ahead, pool.imap(run_unit, ahead), strict=True):
-                lines.append(_write(file, {"unit": repr(unit), "found": found}))
+                lines.append(_write(file, {"of": repr(unit), "found": found}))
                 print(f"{len(lines) - 1} of {len(todo)}", flush=True)
     found = [one for line in lines[1 : len(todo) + 1] for one in line["found"]]
-    record = {"environment": lines[0], "captions": chosen} | packed(found)
+    record = {"environment": lines[0]["found"], "captions": chosen} | packed(found)
     args.output.write_text(json.dumps(record) + "\n")
     return record
 
@@ -85,8 +95,13 @@ def _whole_lines(path: Path) -> list[Record]:
     text = path.read_text() if path.exists() else ""
     whole = text[: text.rfind("\n") + 1]
     if whole != text:
-        path.write_text(whole)
+        os.truncate(path, len(whole.encode()))
     return [json.loads(line) for line in whole.splitlines()]
+
+
+def _alike(one: Record, other: Record) -> bool:
+    """Compare two environments but for the day and the command."""
+    return all(one[key] == other.get(key) for key in one if key not in ("date", "command"))
 
 
 def _write(file: TextIO, line: Record) -> Record:

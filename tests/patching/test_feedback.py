@@ -161,7 +161,7 @@ def test_a_run_that_is_as_thought_keeps_to_the_shape(steps: int) -> None:
 
 
 def test_a_run_makes_up_for_too_dense_steps_only_in_part() -> None:
-    """Errors turn out half as large as thought: to arrive exactly, the second half would have 0.57 of the shape."""
+    """Errors turn out half as large as thought: to arrive exactly, the second half would have 0.63 of the shape."""
     densities, _ = simulate(Feedback(0.1, falling), 20, lambda density, left: 0.5 * USUAL.error(density, left))
     shape = falling(mean(densities), left_of(20))
     late = [density / usual for density, usual in zip(densities[10:], shape[10:], strict=True)]
@@ -170,7 +170,7 @@ def test_a_run_makes_up_for_too_dense_steps_only_in_part() -> None:
 
 @pytest.mark.parametrize("target", [0.03, 0.05])
 def test_the_last_of_few_steps_does_not_make_up_for_all(target: float) -> None:
-    """There is hardly a pair left to save, and much to lose: to arrive exactly it would have a third of the shape."""
+    """Few pairs are left to save, and much is to lose: to arrive exactly it would have 0.2 to 0.3 of the shape."""
     densities, _ = simulate(Feedback(target, falling), 4, lambda density, left: 0.5 * USUAL.error(density, left))
     late = [density / usual for density, usual in zip(densities, falling(mean(densities), left_of(4)), strict=True)]
     assert min(late) > 0.6

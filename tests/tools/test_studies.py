@@ -41,7 +41,7 @@ def test_a_record_has_what_all_parts_found(run, tmp_path: Path) -> None:
     assert json.loads((tmp_path / "a.json").read_text()) == record
 
 
-def test_a_study_that_was_cut_off_goes_on(run, tmp_path: Path) -> None:
+def test_a_study_that_was_cut_off_goes_on_where_it_was(run, tmp_path: Path, capsys) -> None:
     seen = []
 
     def cut_off(unit):
@@ -53,18 +53,23 @@ def test_a_study_that_was_cut_off_goes_on(run, tmp_path: Path) -> None:
     with pytest.raises(KeyboardInterrupt):
         run(5, cut_off)
     assert not (tmp_path / "a.json").exists()
-    with (tmp_path / "a.jsonl").open("a") as file:
-        file.write('{"unit": "half a line')
-    record = run(5, cut_off, machine="second")
+    with (tmp_path / "a.json.lines").open("a") as file:
+        file.write('{"of": "half a line')
+    with pytest.raises(SystemExit):
+        run(5, cut_off, machine="second")
+    assert "on another machine: {'machine': 'first'}. This is {'machine': 'second'}." in capsys.readouterr().err
+    record = run(5, cut_off)
     assert seen == [*record["captions"][:3], *record["captions"][2:]]
     assert record["lengths"] == [len(caption) for caption in record["captions"]]
-    assert record["environment"] == {"machine": "first"}
     assert run(2, cut_off) == record | {"captions": record["captions"][:2], "lengths": record["lengths"][:2]}
     assert len(seen) == 6
 
 
-def test_other_work_is_not_put_behind_what_is_there(run, capsys) -> None:
+@pytest.mark.parametrize("changed", ["units", "scripts"])
+def test_other_work_is_not_put_behind_what_is_there(changed: str, run, capsys, monkeypatch) -> None:
     run(3, lengths)
+    if changed == "scripts":
+        monkeypatch.setattr(over_captions, "SCRIPTS", "changed")
     with pytest.raises(SystemExit):
-        run(3, lengths, times=2)
-    assert "a.jsonl has other work than was asked for. Remove it, or give another --output." in capsys.readouterr().err
+        run(3, lengths, times=2 if changed == "units" else 1)
+    assert "a.json.lines has other work than was asked for. Remove it, or" in capsys.readouterr().err
