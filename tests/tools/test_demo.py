@@ -62,7 +62,7 @@ def test_demo_prints_the_report_and_both_times(demo):
     assert "grid      (3, 8, 16) = 384 video tokens" in out
     assert "steps     2 sparse, 0 dense" in out
     assert "layers    6 sparse, 0 dense" in out
-    assert "density   0.500 (forwards from 0.833 to 0.167; asked for 0.500)" in out
+    assert "density   0.500 (forwards from 0.500 to 0.500; asked for 0.500)" in out
     assert re.search(r"Denoising: \d+\.\d s dense, \d+\.\d s with draft attention: \d+\.\dx\.", out)
     assert re.search(r"The two videos: PSNR \d+\.\d dB, SSIM [01]\.\d{3}", out)
     assert str(folder) in out
