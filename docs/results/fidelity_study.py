@@ -1,9 +1,9 @@
 """The study of fidelity with the demo's model: the settings, run on a GPU, and what came of them.
 
 Run `python docs/results/fidelity_study.py --output FILE` in a checkout, on a machine with a GPU. Every caption is made
-dense and with every setting from the same noise, several captions in one batch. `diffusers-draft eval` does the same
-for any model and any options, one clip at a time. Variants of what is no option can be tried here, as the constants
-were: how a schedule falls, and the weight of the penalty.
+dense and with every setting from the same noise, several captions in one batch; frames of the first two go beside the
+file. `diffusers-draft eval` does the same for any model and any options, one clip at a time. Variants of what is no
+option can be tried here, as the constants were: how a schedule falls, and the weight of the penalty.
 """
 
 import contextlib

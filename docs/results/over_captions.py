@@ -59,12 +59,12 @@ def study(
     if any(line.get("of") != one for line, one in zip(lines, expected, strict=False)):
         parser.error(f"{path} has other work than was asked for. Remove it, or give another --output.")
     if len(lines) <= len(todo):
-        with processes(args.processes) as pool, path.open("a") as file:
-            machine = environment(torch.device("cuda"))
+        machine = this_machine()
+        if lines and not _alike(machine, lines[0]["found"]):
+            parser.error(f"{path} was begun on another machine: {lines[0]['found']}. This is {machine}.")
+        with path.open("a") as file, processes(args.processes) as pool:
             if not lines:
                 lines.append(_write(file, {"of": SCRIPTS, "found": machine}))
-            if not _alike(machine, lines[0]["found"]):
-                parser.error(f"{path} was begun on another machine: {lines[0]['found']}. This is {machine}.")
             ahead = todo[len(lines) - 1 :]
             for unit, found in zip(ahead, pool.imap(run_unit, ahead), strict=True):
                 lines.append(_write(file, {"of": repr(unit), "found": found}))
@@ -75,10 +75,15 @@ def study(
     return record
 
 
-def processes(count: int) -> multiprocessing.pool.Pool:
-    """Start so many processes, which take the GPUs in turn."""
+def this_machine() -> Record:
+    """Describe the machine, which must have a GPU."""
     if not torch.cuda.is_available():
         raise SystemExit("A study needs a GPU, and torch sees none.")
+    return environment(torch.device("cuda"))
+
+
+def processes(count: int) -> multiprocessing.pool.Pool:
+    """Start so many processes, which take the GPUs in turn."""
     context = multiprocessing.get_context("spawn")
     gpus = context.SimpleQueue()
     for number in range(count):

@@ -16,7 +16,7 @@ def run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(over_captions, "processes", lambda count: contextlib.nullcontext(SimpleNamespace(imap=map)))
 
     def start(captions: int, run_unit, machine: str = "first", times: int = 1):
-        monkeypatch.setattr(over_captions, "environment", lambda device: {"machine": machine})
+        monkeypatch.setattr(over_captions, "this_machine", lambda: {"machine": machine})
         monkeypatch.setattr(sys, "argv", ["study.py", "--output", f"{tmp_path}/a.json", "--captions", str(captions)])
         return over_captions.study(
             "A study.",
