@@ -409,7 +409,7 @@ def bench(spoiled: bool) -> tuple[list[bench_step.Step], list[str], dict[str, fl
     ):
         config = DraftConfig(backend="torch", tile=(2, 4, 4), budget="head")
         densities = bench_predict.densities_to_measure("tiny", config, 10)
-        options: dict[str, Any] = dict(compiled=False, seconds=0.01, device=torch.device("cpu"))
+        options: dict[str, Any] = dict(compiled=False, default=True, seconds=0.01, device=torch.device("cpu"))
         for step in bench_step.run("tiny", config, densities, split=split, **options):
             steps.append(step)
             sparse += [step.name] if kept else []

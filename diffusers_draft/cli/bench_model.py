@@ -50,7 +50,6 @@ def add_run(parser: argparse.ArgumentParser) -> None:
         help="means of the runs with draft attention",
     )
     parser.add_argument("--paper", action="store_true", help="also run with the paper's settings")
-    parser.add_argument("--default", action="store_true", help="also run with the attention that diffusers chooses")
     parser.add_argument("--steps", type=whole(1), default=10, help="denoising steps of a run")
     parser.add_argument(
         "--dense-steps", type=whole(1), metavar="N", help="time only N steps of dense runs, which all cost the same"
@@ -62,6 +61,7 @@ def _add_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--model", choices=sorted(MODELS), default="hunyuan-13b-768p")
     parser.add_argument("--backend", default=DraftConfig.backend)
     parser.add_argument("--compile", action="store_true", help="compile the repeated blocks")
+    parser.add_argument("--default", action="store_true", help="also time the attention that diffusers chooses")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the results to this file")
 
 
@@ -158,7 +158,8 @@ def _run_model(args: argparse.Namespace, config: DraftConfig, ranks: Ranks) -> N
     facts = environment(DEVICE)
     print(", ".join(f"{key} {value}" for key, value in facts.items()))
     densities = densities_to_measure(args.model, config, args.steps)
-    how: dict[str, Any] = {"compiled": args.compile, "device": DEVICE, "seconds": args.seconds}
+    how: dict[str, Any] = {"compiled": args.compile, "default": args.default}
+    how |= {"device": DEVICE, "seconds": args.seconds}
     steps = []
     for step in one_step.run(args.model, config, densities, **how, split=ranks.split if ranks.size > 1 else None):
         steps.append(step)

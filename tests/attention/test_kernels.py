@@ -392,8 +392,12 @@ def test_a_device_without_its_own_list_runs_torch(monkeypatch, fresh_choice):
 
 
 @pytest.mark.parametrize("kv_len", [None, (300, 260)], ids=str)
-def test_the_operator_of_compiled_graphs_keeps_its_contract(kv_len):
-    tensors = random_tensors(2, 300, 2, 32, torch.float32)
+@pytest.mark.parametrize("outer", [1, 2], ids=["by token", "by head"])
+def test_the_operator_of_compiled_graphs_keeps_its_contract(outer, kv_len):
+    tensors = [
+        tensor.transpose(0, outer).contiguous().transpose(0, outer)
+        for tensor in random_tensors(2, 300, 2, 32, torch.float32)
+    ]
     lengths = None if kv_len is None else torch.tensor(kv_len)
     how = torch.tensor([0.5, 3], dtype=torch.float64), Method(tile=(8, 16), budget="head").to_tensor(), None
     arguments = (*tensors, torch.tensor([1, 16, 16, 4]), lengths, *how)

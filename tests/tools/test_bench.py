@@ -10,6 +10,7 @@ from types import ModuleType
 import pytest
 import tables
 import torch
+import torch.distributed as dist
 from tables import readme_section, speed_page, speed_section
 from torch import Tensor
 
@@ -103,6 +104,16 @@ def test_a_record_has_the_command_that_a_reader_can_type(started: str, expected:
     assert environment(torch.device("cpu"))["command"] == expected
 
 
+def test_a_record_of_several_gpus_says_how_its_processes_were_started(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sys, "argv", ["/repo/diffusers_draft/__main__.py", "bench", "model", "--ulysses", "2"])
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    try:
+        command = environment(torch.device("cpu"))["command"]
+    finally:
+        dist.destroy_process_group()
+    assert command == "torchrun --nproc-per-node 1 -m diffusers_draft bench model --ulysses 2"
+
+
 def test_the_error_against_dense_is_that_of_the_video_rows() -> None:
     case = a_case()
     query, key, value = (tensor.transpose(1, 2) for tensor in case.tensors)
@@ -137,6 +148,14 @@ def test_dense_rows_are_right() -> None:
     rows = list(run_dense(a_case()))
     assert [row.name for row in rows] == ["diffusers default", "sdpa"]
     assert all(row.time and row.error is not None and row.error < 1e-5 for row in rows)
+
+
+@pytest.mark.parametrize("kernel", ["no", "sdpa"])
+def test_dense_operators_keep_what_they_promise_to_compiled_code(kernel: str) -> None:
+    """Also of two samples as they come from several GPUs, token by token."""
+    tensors = [torch.randn(50, 2, 3, 16).transpose(0, 1) for _ in range(3)]
+    checks = "test_schema", "test_faketensor"
+    torch.library.opcheck(torch.ops.diffusers_draft_bench.dense.default, (*tensors, kernel), test_utils=checks)
 
 
 @pytest.mark.parametrize("inputs", [random_inputs, structured_inputs])

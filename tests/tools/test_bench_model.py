@@ -157,16 +157,20 @@ def test_two_texts_of_different_lengths() -> None:
     assert [mask.sum(1).tolist() for mask in masks] == [[831, 415]] * 2
 
 
-@pytest.mark.parametrize("name", ["hunyuan-13b-768p", "wan-14b-768p"])
-def test_one_step_dense_and_draft(name: str, tiny_model: str, tmp_path: Path, monkeypatch, capsys) -> None:
+@pytest.mark.parametrize(("name", "default"), [("hunyuan-13b-768p", True), ("wan-14b-768p", False)])
+def test_one_step_dense_and_draft(
+    name: str, default: bool, tiny_model: str, tmp_path: Path, monkeypatch, capsys
+) -> None:
     monkeypatch.setattr(bench_model, "_check", lambda *_, **__: None)
     monkeypatch.setattr(bench_model, "DEVICE", torch.device("cpu"))
     record = tmp_path / "model.json"
-    main(["bench", "model", "--model", tiny_model, "--steps", "6", "--seconds", "0.01", "--json", str(record)])
+    options = ["--steps", "6", "--seconds", "0.01", *(["--default"] if default else [])]
+    main(["bench", "model", "--model", tiny_model, *options, "--json", str(record)])
     found = json.loads(record.read_text())
     names = [entry["name"] for entry in found["steps"]]
-    assert names[:3] == ["diffusers default", "no attention", "dense sdpa"] and names[-1] == "draft, density 0.2"
-    assert len(names) == 6 and found["options"]["config"]["schedule"] == "falling"
+    dense, draft = names[:-3], names[-3:]
+    assert dense == [*(["diffusers default"] if default else []), "no attention", "dense sdpa"]
+    assert draft[-1] == "draft, density 0.2" and found["options"]["config"]["schedule"] == "falling"
     assert found["prediction"]["steps"] == 6 and "of them dense" in capsys.readouterr().out
 
 

@@ -32,7 +32,7 @@ def dense_kernels(device: torch.device) -> list[str]:
 def _dense(query: Tensor, key: Tensor, value: Tensor, kernel: str) -> Tensor:
     """Run one dense kernel, or return a copy of `value` for `"no"`."""
     if kernel == "no":
-        return value.clone()
+        return value.clone(memory_format=torch.contiguous_format)
     if kernel == "fa4":
         from flash_attn.cute.interface import _flash_attn_fwd
 

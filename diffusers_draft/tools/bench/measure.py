@@ -49,7 +49,7 @@ def measure(call: Callable[[], object], seconds: float = 1.0) -> Time:
         first = torch.tensor(timer.timeit(1).mean, device=torch.accelerator.current_accelerator(check_available=True))
         dist.broadcast(first, 0)
         runs = max(3, math.ceil(seconds / first.item()))
-        for _ in range(runs):  # until the clocks of the GPUs are steady
+        for _ in range(math.ceil(seconds / first.item())):  # until the clocks of the GPUs are steady
             call()
         times = torch.tensor([timer.timeit(1).mean for _ in range(runs)]) * 1e3
         quartiles = times.quantile(torch.tensor([0.25, 0.5, 0.75])).to(first)
@@ -82,4 +82,8 @@ def environment(device: torch.device) -> dict[str, str]:
 
 def _program(path: Path) -> str:
     """Name a script of a study by its path, and the package by its command, however it was started."""
-    return f"python {path}" if path.suffix == ".py" and path.name != "__main__.py" else "diffusers-draft"
+    if path.suffix == ".py" and path.name != "__main__.py":
+        return f"python {path}"
+    if dist.is_initialized():
+        return f"torchrun --nproc-per-node {dist.get_world_size()} -m diffusers_draft"
+    return "diffusers-draft"

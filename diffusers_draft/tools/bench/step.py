@@ -66,17 +66,19 @@ def run(
     densities: Sequence[float],
     *,
     compiled: bool,
+    default: bool,
     device: torch.device,
     seconds: float,
     split: Callable[[nn.Module], None] | None = None,
 ) -> Iterator[Step]:
-    """Measure a step with diffusers' default attention, no attention, dense kernels, and draft attention.
+    """Measure a step without attention, with dense kernels, and with draft attention.
 
     Args:
         name: key of `MODELS`.
         config: how draft attention is set; how dense it is and where is for `densities` to say.
         densities: those to measure; the last one is measured over several GPUs, if there are.
         compiled: whether to compile the repeated blocks.
+        default: whether to measure the attention that diffusers chooses, too, often the slowest by far.
         device: the device to run on.
         seconds: least time to measure each forward.
         split: splits a transformer over GPUs. If given, draft attention on one GPU is measured first and the output
@@ -105,7 +107,8 @@ def run(
         alone, expected = draft(ONE_GPU)
         yield alone
         split(transformer)
-    yield measure_step("diffusers default", transformer, model, inputs, compiled, seconds)
+    if default:
+        yield measure_step("diffusers default", transformer, model, inputs, compiled, seconds)
     for kernel in ("no", *dense_kernels(device)):
         yield dense_step(kernel, transformer, model, inputs, compiled, seconds)
     yield from draft_steps(transformer, model, inputs, config, densities[:-1], compiled, seconds)
