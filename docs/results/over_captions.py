@@ -4,10 +4,11 @@ import argparse
 import hashlib
 import json
 import multiprocessing
-import multiprocessing.pool
 import multiprocessing.queues
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from concurrent.futures import ProcessPoolExecutor
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, TextIO, TypeVar
 
@@ -66,7 +67,7 @@ def study(
             if not lines:
                 lines.append(_write(file, {"of": SCRIPTS, "found": machine}))
             ahead = todo[len(lines) - 1 :]
-            for unit, found in zip(ahead, pool.imap(run_unit, ahead), strict=True):
+            for unit, found in zip(ahead, pool.map(run_unit, ahead), strict=True):
                 lines.append(_write(file, {"of": repr(unit), "found": found}))
                 print(f"{len(lines) - 1} of {len(todo)}", flush=True)
     found = [one for line in lines[1 : len(todo) + 1] for one in line["found"]]
@@ -82,13 +83,18 @@ def this_machine() -> Record:
     return environment(torch.device("cuda"))
 
 
-def processes(count: int) -> multiprocessing.pool.Pool:
-    """Start so many processes, which take the GPUs in turn."""
+@contextmanager
+def processes(count: int) -> Iterator[ProcessPoolExecutor]:
+    """Start so many processes, which take the GPUs in turn. One that is killed ends the work with an error."""
     context = multiprocessing.get_context("spawn")
     gpus = context.SimpleQueue()
     for number in range(count):
         gpus.put(number % torch.cuda.device_count())
-    return context.Pool(count, _take_gpu, (gpus,))
+    pool = ProcessPoolExecutor(count, context, _take_gpu, (gpus,))
+    try:
+        yield pool
+    finally:
+        pool.shutdown(cancel_futures=True)
 
 
 def _take_gpu(gpus: multiprocessing.queues.SimpleQueue[int]) -> None:

@@ -2,18 +2,21 @@
 
 import contextlib
 import json
+import signal
 import sys
+from concurrent.futures.process import BrokenProcessPool
 from pathlib import Path
 from types import SimpleNamespace
 
 import over_captions
 import pytest
+import torch
 
 
 @pytest.fixture
 def run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     """Run a study of captions' lengths, whose processes are one, and whose machine is `machine`."""
-    monkeypatch.setattr(over_captions, "processes", lambda count: contextlib.nullcontext(SimpleNamespace(imap=map)))
+    monkeypatch.setattr(over_captions, "processes", lambda count: contextlib.nullcontext(SimpleNamespace(map=map)))
 
     def start(captions: int, run_unit, machine: str = "first", times: int = 1):
         monkeypatch.setattr(over_captions, "this_machine", lambda: {"machine": machine})
@@ -73,3 +76,9 @@ def test_other_work_is_not_put_behind_what_is_there(changed: str, run, capsys, m
     with pytest.raises(SystemExit):
         run(3, lengths, times=2 if changed == "units" else 1)
     assert "a.json.lines has other work than was asked for. Remove it, or" in capsys.readouterr().err
+
+
+def test_a_study_whose_processes_die_ends(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    with over_captions.processes(2) as pool, pytest.raises(BrokenProcessPool):
+        list(pool.map(signal.raise_signal, [signal.SIGKILL] * 2))
