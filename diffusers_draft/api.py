@@ -205,7 +205,8 @@ def disable_draft_attention(pipe: Any) -> None:
     """Restore the stock attention of a pipeline or transformer bit for bit. Harmless if it is not patched.
 
     Args:
-        pipe: what was given to `enable_draft_attention`.
+        pipe: what was given to `enable_draft_attention`. Of a pipeline the transformers that it has now are restored;
+            one that it had before is for `DraftHandle.disable`.
 
     Raises:
         TypeError: if `pipe` has no transformer that draft attention knows.

@@ -770,6 +770,16 @@ def test_an_inner_context_whose_transformer_is_gone() -> None:
     assert patched(pipe.transformer) == []
 
 
+def test_a_transformer_that_its_pipeline_no_longer_has_is_restored_by_the_handle() -> None:
+    pipe = models.wan_pipeline()
+    handle, before = enable_draft_attention(pipe, 0.5), pipe.transformer
+    pipe.transformer = models.wan(seed=1)
+    disable_draft_attention(pipe)
+    assert patched(before)
+    handle.disable()
+    assert not patched(before)
+
+
 def test_an_inner_context_of_one_expert_leaves_the_other_alone() -> None:
     pipe = models.wan_pipeline(models.wan(), transformer_2=models.wan(seed=1), boundary_ratio=0.8)
     enable_draft_attention(pipe, 0.5)
