@@ -1,10 +1,12 @@
 """The `generate` command on tiny pipelines that are saved to disk and loaded by path."""
 
+import contextlib
 import inspect
 import re
 import sys
 
 import checkpoints
+import diffusers
 import imageio
 import numpy as np
 import pytest
@@ -16,6 +18,8 @@ from PIL import Image
 from diffusers_draft import DraftConfig
 from diffusers_draft.cli import main, model_options
 from diffusers_draft.tools.demo.model import WEIGHTS
+from diffusers_draft.tools.evaluation.attention import Samples, measure_attention
+from diffusers_draft.tools.evaluation.settings import Setting
 from diffusers_draft.tools.generation import video
 from diffusers_draft.tools.generation.loading import Model, load, pipeline_class, supported_pipelines
 from diffusers_draft.tools.generation.run import call_arguments, run
@@ -140,7 +144,6 @@ def test_options_reach_the_pipeline(folder, tmp_path, monkeypatch):
     options = ["--negative-prompt", "stripes", "--guidance-scale", "2.5"]
     generate("--model", folder / "wan", *SMALL, *options, "--seed", "5", "--output", tmp_path / "a.mp4", code=2)
     seed = seen.pop("generator").initial_seed()
-    seen.pop("callback_on_step_end")
     text = dict(prompt="a red circle", negative_prompt="stripes", output_type="np")
     assert (seed, seen) == (5, text | dict(guidance_scale=2.5) | CALL)
 
@@ -208,7 +211,72 @@ def test_pipeline_class_follows_the_model_index():
     ]:
         with pytest.raises(ValueError, match=message):
             chosen(name, with_image)
-    assert "WanAnimatePipeline" not in supported_pipelines()
+    for other in ("WanAnimatePipeline", "LucyEditPipeline", "Cosmos2_5_TransferPipeline"):
+        assert other not in supported_pipelines()  # they need more than a text and an image
+
+
+@pytest.mark.parametrize("name", supported_pipelines())
+def test_supported_pipelines_take_what_they_are_called_with(name):
+    """Also those whose calls have no `callback_on_step_end`, as HunyuanVideo 1.5's."""
+    given = {"prompt": "a cat", "generator": None, "output_type": "np"}
+    try:
+        chosen = pipeline_class({"_class_name": name}, False)
+    except ValueError as refusal:
+        assert "needs one" in str(refusal)
+        chosen = pipeline_class({"_class_name": name}, True)
+        given["image"] = None
+    inspect.signature(chosen.__call__).bind(None, **given)
+
+
+@pytest.mark.skipif(not hasattr(diffusers, "HunyuanVideo15Pipeline"), reason="this diffusers has none")
+def test_a_pipeline_that_calls_back_nobody():
+    pipe, arguments = hunyuan_video15()
+    handle = enable_draft_attention(pipe, 0.5)
+    clip = run(pipe, arguments)
+    assert clip.frames.shape == (5, 192, 256, 3)
+    assert 0 < clip.denoising_seconds < clip.seconds
+    assert sum(handle.report().transformers[0].steps.values()) == 3
+    handle.disable()
+    rows = measure_attention(pipe, arguments, [Setting(DraftConfig(sparsity=0.5))], Samples(layers=1, heads=1), 0)
+    assert [row["step"] for row in rows.popitem()[1]] == [0, 1, 2]
+
+
+def hunyuan_video15():
+    """A tiny pipeline of HunyuanVideo 1.5, and what it is called with."""
+    heads = dict(num_attention_heads=2, attention_head_dim=16, num_layers=2, num_refiner_layers=1)
+    text = dict(text_embed_dim=8, text_embed_2_dim=10, image_embed_dim=7, rope_axes_dim=(4, 6, 6))
+    transformer = diffusers.HunyuanVideo15Transformer3DModel(in_channels=9, out_channels=4, **heads, **text)
+    vae = diffusers.AutoencoderKLHunyuanVideo15(latent_channels=4, block_out_channels=(16,) * 5, layers_per_block=1)
+    missing = dict.fromkeys(("text_encoder", "tokenizer", "text_encoder_2", "tokenizer_2"))
+    guider = diffusers.ClassifierFreeGuidance(guidance_scale=6.0)
+    scheduler = FlowMatchEulerDiscreteScheduler(shift=7.0)
+    parts = dict(transformer=transformer.eval(), vae=vae.eval(), scheduler=scheduler, guider=guider)
+    embeds = {
+        f"{sign}prompt_embeds{which}": torch.randn(1, 9, size)
+        for sign in ("", "negative_")
+        for which, size in (("", 8), ("_2", 10))
+    }
+    masks = {name.replace("embeds", "embeds_mask"): torch.ones(1, 9) for name in embeds}
+    size = dict(height=192, width=256, num_frames=5, num_inference_steps=3)
+    return diffusers.HunyuanVideo15Pipeline(**parts, **missing), embeds | masks | size
+
+
+@pytest.mark.parametrize(
+    ("name", "needs"),
+    [
+        ("HeliosPipeline", False),
+        ("Cosmos2_5_PredictBasePipeline", False),
+        ("LTXConditionPipeline", False),
+        ("LTXImageToVideoPipeline", True),
+        ("Cosmos2VideoToWorldPipeline", True),
+        ("HunyuanVideo15ImageToVideoPipeline", True),
+    ],
+)
+def test_an_image_is_asked_for_where_nothing_goes_without(name, needs):
+    if not hasattr(diffusers, name):
+        pytest.skip(f"this diffusers has no {name}")
+    with pytest.raises(ValueError, match="needs one") if needs else contextlib.nullcontext():
+        pipeline_class({"_class_name": name}, False)
 
 
 @pytest.fixture

@@ -7,12 +7,14 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from ...api import enable_draft_attention
 from ...attention.call import Call
 from ...attention.ops import attended
 from ...attention.steps.plain import attend_to_valid
+from ...families.family import inputs_of
+from ...patching.clock import Clock
 from ...patching.forward import AttentionCall
 from .mass import block_mass
 from .selection import SELECTIONS
@@ -52,11 +54,14 @@ def measure_attention(
     """
     with enable_draft_attention(pipe, 0, dense_steps=0, dense_layers=()) as handle:
         layers = {report.component: list(report.densities) for report in handle.report().transformers}
-        watch = _Watch(pipe, layers, settings, samples, seed)
-        hooks = [pipe.components[name].register_forward_pre_hook(watch.forward_of(name)) for name in layers]
+        watch = _Watch(layers, settings, samples, seed)
+        hooks = [
+            pipe.components[name].register_forward_pre_hook(watch.forward_of(name, attachment.clock), with_kwargs=True)
+            for name, attachment in handle._attachments.items()
+        ]
         try:
             with handle._watched(watch.attend):
-                pipe(**arguments, output_type="latent", callback_on_step_end=watch.on_step_end)
+                pipe(**arguments, output_type="latent")
         finally:
             for hook in hooks:
                 hook.remove()
@@ -66,10 +71,7 @@ def measure_attention(
 class _Watch:
     """Hook that attends densely in all calls of a run and measures the sampled ones."""
 
-    def __init__(
-        self, pipe: Any, layers: dict[str, list[str]], settings: Sequence[Setting], samples: Samples, seed: int
-    ) -> None:
-        self.pipe = pipe
+    def __init__(self, layers: dict[str, list[str]], settings: Sequence[Setting], samples: Samples, seed: int) -> None:
         self.layers = {
             name: [paths[index] for index in spread(samples.layers, len(paths))] for name, paths in layers.items()
         }
@@ -77,29 +79,26 @@ class _Watch:
         self.samples = samples
         self.generator = torch.Generator().manual_seed(seed)
         self.measured: dict[Setting, list[Measured]] = {setting: [] for setting in settings}
-        self.step = 0
+        self.step = self.steps = 0
         self.forwards: defaultdict[int, int] = defaultdict(int)
         self.component = ""
 
-    def forward_of(self, component: str) -> Callable[..., None]:
-        """Make a forward pre-hook that records which component runs."""
+    def forward_of(self, component: str, clock: Clock) -> Callable[..., None]:
+        """Make a forward pre-hook that records which component runs, and in which step."""
 
-        def note(*_: Any) -> None:
-            self.component = component
+        def note(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+            moment = clock.at(inputs_of(module, args, kwargs)["timestep"])
+            assert moment is not None, "a pipeline runs"
+            self.component, self.step, self.steps = component, moment.step, len(moment.timesteps)
             self.forwards[self.step] += 1
 
         return note
-
-    def on_step_end(self, pipe: Any, step: int, timestep: Tensor, tensors: dict[str, Any]) -> dict[str, Any]:
-        """Count the step: the pipeline's `callback_on_step_end`."""
-        self.step = step + 1
-        return {}
 
     def attend(self, call: AttentionCall) -> Tensor:
         """Attend densely, and measure every setting if the call is sampled."""
         out = attend_to_valid(call.query, call.key, call.value, call.kv_len, call.scale)
         sampled = call.path in self.layers[self.component] and self.forwards[self.step] == 1
-        if sampled and self.step in spread(self.samples.steps, self.pipe.num_timesteps):
+        if sampled and self.step in spread(self.samples.steps, self.steps):
             heads = spread(self.samples.heads, call.query.shape[2])
             q, k, v, dense = (tensor[:, :, heads] for tensor in (*call[:3], out))
             where = {"component": self.component, "layer": call.path, "step": self.step}

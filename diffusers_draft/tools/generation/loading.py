@@ -20,6 +20,13 @@ Offload = Literal["none", "model", "sequential"]
 
 FLOAT32_COMPONENTS = ("AutoencoderKLWan", "CLIPVisionModel")
 """Classes of small components that lose quality below float32, as their model cards say."""
+IMAGE_IS_NEEDED = (
+    "LTXImageToVideoPipeline",
+    "LTX2ImageToVideoPipeline",
+    "CosmosVideoToWorldPipeline",
+    "Cosmos2VideoToWorldPipeline",
+)
+"""Pipelines that make nothing from a text alone, although the image in their signature has a default."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -56,8 +63,19 @@ def dtype_of(model: Model) -> torch.dtype:
 
 def supported_pipelines() -> list[str]:
     """List the names of supported pipelines whose call makes a video from text, or from text and an image."""
-    names = [name for row in CATALOGUE.values() for name in row.pipelines if hasattr(diffusers, name)]
-    return [name for name in names if "num_frames" in call_parameters(getattr(diffusers, name))]
+    names = dict.fromkeys(name for row in CATALOGUE.values() for name in row.pipelines if hasattr(diffusers, name))
+    return [
+        name
+        for name in names
+        if "num_frames" in call_parameters(getattr(diffusers, name)) and _needed(name) <= {"prompt", "image"}
+    ]
+
+
+def _needed(name: str) -> set[str]:
+    """List the arguments that a pipeline cannot do without."""
+    parameters = list(call_parameters(getattr(diffusers, name)).values())[1:]  # but for self
+    needed = {each.name for each in parameters if each.default is each.empty and each.kind is not each.VAR_KEYWORD}
+    return needed | ({"image"} if name in IMAGE_IS_NEEDED else set())
 
 
 def transformers(pipe: Any) -> list[Any]:
@@ -134,7 +152,7 @@ def pipeline_class(index: dict[str, Any], with_image: bool) -> Any:
     takers = [other for other in supported if "image" in call_parameters(getattr(diffusers, other))]
     if with_image and name not in takers:
         raise ValueError(f"{name} takes no image. Pipelines that do: {', '.join(takers)}.")
-    if not with_image and name in takers:
+    if not with_image and "image" in _needed(name):
         raise ValueError(f"{name} makes a video from an image and needs one.")
     return getattr(diffusers, name)
 

@@ -7,7 +7,6 @@ from typing import Any
 import numpy as np
 import torch
 from PIL import Image
-from torch import Tensor
 
 from .loading import call_parameters, transformers
 
@@ -18,7 +17,7 @@ class Clip:
 
     Attributes:
         frames: `(F, H, W, 3)` uint8.
-        denoising_seconds: time from the transformer's first forward to the end of the last denoising step.
+        denoising_seconds: time from the beginning of the transformer's first forward to the end of its last.
         seconds: time of the whole call, with text encoding and decoding.
     """
 
@@ -61,19 +60,18 @@ def run(pipe: Any, arguments: dict[str, Any]) -> Clip:
     starts: list[float] = []
     ends: list[float] = []
 
-    def on_step_end(pipe: Any, step: int, timestep: Tensor, tensors: dict[str, Any]) -> dict[str, Any]:
+    def end(*_: Any) -> None:
         if torch.accelerator.is_available():
             torch.accelerator.synchronize()
         ends.append(time.perf_counter())
-        return {}
 
-    hooks = [
-        transformer.register_forward_pre_hook(lambda *_: starts.append(time.perf_counter()))
-        for transformer in transformers(pipe)
-    ]
+    hooks = []
+    for transformer in transformers(pipe):
+        hooks.append(transformer.register_forward_pre_hook(lambda *_: starts.append(time.perf_counter())))
+        hooks.append(transformer.register_forward_hook(end))
     begin = time.perf_counter()
     try:
-        video = pipe(**arguments, output_type="np", callback_on_step_end=on_step_end).frames[0]
+        video = pipe(**arguments, output_type="np").frames[0]
     finally:
         for hook in hooks:
             hook.remove()
