@@ -193,6 +193,16 @@ def test_command_parses(where: str, command: str, monkeypatch: pytest.MonkeyPatc
     assert len(ran) == 1
 
 
+STUDY = re.compile(r"`python docs/results/(\w+)\.py([^`]*)`")
+
+
+@pytest.mark.parametrize("page", PAGES + NOTEBOOKS, ids=lambda page: page.name)
+def test_studies_are_named_with_the_option_that_they_need(page: Path) -> None:
+    for name, options in STUDY.findall(words(page)):
+        script = (ROOT / "docs" / "results" / f"{name}.py").read_text()
+        assert ("study(" in script) == ("--output" in options), name
+
+
 # Links, tests that are named, and what is written twice
 
 LINK = re.compile(r"\]\((?!https?:|mailto:)([^)\s#]*)(?:#([^)\s]*))?\)")

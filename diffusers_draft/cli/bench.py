@@ -20,10 +20,13 @@ from ..tools.bench.reference import Case
 from ..tools.bench.rival import run_rival
 from ..tools.bench.shapes import SHAPES, Shape, random_inputs, structured_inputs
 from ..tools.bench.table import format_table
-from . import one_line
+from . import CommandError, one_line
 from .bench_model import add_model, add_run
 from .option_types import device, seconds, seed, whole
 from .outputs import check_output, check_picture, write_output
+
+SIZES = {"heads": (1, 24), "head_dim": (1, 128), "text": (0, 0), "batch": (1, 1)}
+"""Of an attention call whose grid is given: the least and the default of each."""
 
 
 def add_parser(subparsers) -> None:
@@ -37,22 +40,25 @@ def add_parser(subparsers) -> None:
 
 def _add_attention(parser: argparse.ArgumentParser) -> None:
     draft, default = DraftConfig, "default: %(default)s"
-    parser.add_argument("--shape", choices=sorted(SHAPES), help="default: cpu-10k on a CPU, hunyuan-768p on a GPU")
-    parser.add_argument("--grid", type=int, nargs=3, metavar=("T", "Y", "X"), help="video tokens, instead of --shape")
-    parser.add_argument("--heads", type=whole(1), default=24)
-    parser.add_argument("--head-dim", type=whole(1), default=128)
-    parser.add_argument("--text", type=whole(0), default=0, help="text tokens behind the video")
-    parser.add_argument("--batch", type=whole(1), default=1)
-    parser.add_argument("--sparsity", type=float, nargs="+", default=[SPARSITY])
-    parser.add_argument("--budget", nargs="+", choices=[*BUDGETS], default=[draft.budget], help=default)
+    shape = parser.add_mutually_exclusive_group()
+    shape.add_argument("--shape", choices=sorted(SHAPES), help="default: cpu-10k on a CPU, hunyuan-768p on a GPU")
+    shape.add_argument("--grid", type=int, nargs=3, metavar=("T", "Y", "X"), help="video tokens, instead of --shape")
+    for name, (least, value) in SIZES.items():
+        parser.add_argument(_option(name), type=whole(least), help=f"beside --grid; default: {value}")
+    parser.add_argument("--sparsity", type=float, nargs="+", default=[SPARSITY], help=f"default: {SPARSITY}")
+    parser.add_argument(
+        "--budget", nargs="+", choices=[*BUDGETS], default=[draft.budget], help=f"default: {draft.budget}"
+    )
     parser.add_argument("--tile", default=format_tile(draft.tile), help=f"tokens of a block ({default})")
     parser.add_argument("--paper", action="store_true", help="also the paper's settings at each sparsity")
     parser.add_argument("--backend", nargs="+", help="default: every backend but the reference")
-    parser.add_argument("--dtype", choices=["float32", "float16", "bfloat16"], help="default: float32 on CPU")
-    parser.add_argument("--device", type=device, default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument(
+        "--dtype", choices=["float32", "float16", "bfloat16"], help="default: float32 on a CPU, bfloat16 on a GPU"
+    )
+    parser.add_argument("--device", type=device, default="cuda" if torch.cuda.is_available() else "cpu", help=default)
     parser.add_argument("--random", action="store_true", help="Gaussian inputs instead of smooth fields with noise")
-    parser.add_argument("--seed", type=seed, default=0)
-    parser.add_argument("--seconds", type=seconds, default=1.0, help="least time to measure each row")
+    parser.add_argument("--seed", type=seed, default=0, help=default)
+    parser.add_argument("--seconds", type=seconds, default=1.0, help=f"least time to measure each row ({default})")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the results to this file")
     parser.add_argument("--plot", type=Path, metavar="FILE", help="draw time against sparsity to this file")
     parser.add_argument("--plot-error", type=Path, metavar="FILE", help="draw error against time to this file")
@@ -111,10 +117,17 @@ def _check_outputs(args: argparse.Namespace) -> None:
 
 def _shape(args: argparse.Namespace) -> tuple[str, Shape]:
     """Return the name and the sizes of the attention call."""
+    given = {name: getattr(args, name) for name in SIZES if getattr(args, name) is not None}
     if args.grid:
-        return "custom", Shape(tuple(args.grid), args.heads, args.head_dim, args.text, args.batch)
+        return "custom", Shape(tuple(args.grid), **{name: value for name, (_, value) in SIZES.items()} | given)
+    if given:
+        raise CommandError(f"{', '.join(map(_option, given))}: only beside --grid. Every --shape has its own.")
     name = args.shape or ("cpu-10k" if args.device.type == "cpu" else "hunyuan-768p")
     return name, SHAPES[name]
+
+
+def _option(name: str) -> str:
+    return f"--{name.replace('_', '-')}"
 
 
 def _rows(args: argparse.Namespace, case: Case, methods: list[Method]) -> Iterator[Row]:

@@ -21,8 +21,10 @@ from . import CommandError, one_line
 from .backends import check_runs
 from .option_types import seconds, whole
 from .outputs import check_output, write_output
+from .packages import check_packages
 from .ranks import Ranks, add_ulysses, together
 
+DEFAULT = "default: %(default)s"
 DEVICE = torch.device("cuda")
 SECONDS = 1.0
 """Least time to measure each forward from which `bench run` predicts its runs."""
@@ -31,10 +33,14 @@ SECONDS = 1.0
 def add_model(parser: argparse.ArgumentParser) -> None:
     """Add the options of `bench model`."""
     _add_options(parser)
-    parser.add_argument("--sparsity", type=float, help="mean of the run; default: the library's")
+    parser.add_argument(
+        "--sparsity",
+        type=float,
+        help=f"mean of the run; default: {SPARSITY}, with --paper the model's in the paper",
+    )
     parser.add_argument("--paper", action="store_true", help="the paper's settings instead of the library's")
-    parser.add_argument("--steps", type=whole(1), default=50, help="steps of the run to predict")
-    parser.add_argument("--seconds", type=seconds, default=2.0, help="least time to measure each forward")
+    parser.add_argument("--steps", type=whole(1), default=50, help=f"steps of the run to predict ({DEFAULT})")
+    parser.add_argument("--seconds", type=seconds, default=2.0, help=f"least time to measure each forward ({DEFAULT})")
     add_ulysses(parser)
     parser.set_defaults(run=run_model)
 
@@ -47,19 +53,22 @@ def add_run(parser: argparse.ArgumentParser) -> None:
         type=float,
         nargs="+",
         default=[SPARSITY],
-        help="means of the runs with draft attention",
+        help=f"means of the runs with draft attention; default: {SPARSITY}",
     )
-    parser.add_argument("--paper", action="store_true", help="also run with the paper's settings")
-    parser.add_argument("--steps", type=whole(1), default=10, help="denoising steps of a run")
+    parser.add_argument("--paper", action="store_true", help="also run with the paper's settings and sparsity")
+    parser.add_argument("--steps", type=whole(1), default=10, help=f"denoising steps of a run ({DEFAULT})")
     parser.add_argument(
-        "--dense-steps", type=whole(1), metavar="N", help="time only N steps of dense runs, which all cost the same"
+        "--dense-steps",
+        type=whole(1),
+        metavar="N",
+        help="time only N steps of dense runs, which all cost the same; default: all",
     )
     parser.set_defaults(run=run_runs)
 
 
 def _add_options(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--model", choices=sorted(MODELS), default="hunyuan-13b-768p")
-    parser.add_argument("--backend", default=DraftConfig.backend)
+    parser.add_argument("--model", choices=sorted(MODELS), default="hunyuan-13b-768p", help=DEFAULT)
+    parser.add_argument("--backend", default=DraftConfig.backend, help=DEFAULT)
     parser.add_argument("--compile", action="store_true", help="compile the repeated blocks")
     parser.add_argument("--default", action="store_true", help="also time the attention that diffusers chooses")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the results to this file")
@@ -85,8 +94,9 @@ def run_runs(args: argparse.Namespace) -> None:
     """Time whole runs, dense and with draft attention, and show how good their prediction was.
 
     Raises:
-        CommandError: if there is no CUDA GPU, an option is out of range, or the backend cannot run here.
+        CommandError: if a package or a CUDA GPU is missing, an option is out of range, or the backend cannot run here.
     """
+    check_packages("generate", "transformers")
     timed = args.steps if args.dense_steps is None else args.dense_steps
     _check(args, "run")
     if timed > args.steps:

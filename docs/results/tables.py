@@ -11,6 +11,10 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+import speed_records
+from row_by_row import speed_page
+from speed_records import best_dense, compiled, dtype, gpus, ms, timed
+
 from diffusers_draft.attention.kernels import BACKENDS
 from diffusers_draft.tools.bench.attention import Row
 from diffusers_draft.tools.bench.measure import Time
@@ -18,7 +22,6 @@ from diffusers_draft.tools.bench.pictures import plot, plot_error
 from diffusers_draft.tools.bench.run import STOCK
 from diffusers_draft.tools.bench.step import NO_ATTENTION, NOT_DENSE, ONE_GPU
 
-RECORDS = Path(__file__).parent / "bench"
 FIDELITY = Path(__file__).parent / "fidelity" / "defaults.json"
 README_RUNS = {
     "hunyuan-13b-768p": "HunyuanVideo 13B, 768p",
@@ -57,7 +60,7 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 def readme_section() -> str:
     """Return README's numbers in Markdown: a row for each whole run, and what the same settings cost in fidelity."""
-    runs = {record["model"]: record["runs"] for record in _records().values() if "runs" in record}
+    runs = {record["model"]: record["runs"] for record in speed_records.load().values() if "runs" in record}
     lines = ["| Whole run, compiled, one H200 | best dense attention | draft attention | |", "|---|---|---|---|"]
     for model, name in README_RUNS.items():
         dense, draft = (_seconds(runs[model], start) for start in ("dense", "draft 0.8"))
@@ -98,7 +101,7 @@ def speed_section() -> str:
 
     In Markdown: what `docs/benchmarks.md` holds.
     """
-    records = _records()
+    records = speed_records.load()
     lines = [
         "| A whole run | steps | s | against the best dense | predicted, s | memory, GiB |",
         "|---|---|---|---|---|---|",
@@ -110,9 +113,9 @@ def speed_section() -> str:
         "",
         "| One forward of a model | best dense, ms | draft, ms | of it attention | 50 steps, s | memory, GiB |",
         "|---|---|---|---|---|---|",
-        *(_step(record) for record in records.values() if "prediction" in record and not _gpus(record)),
+        *(_step(record) for record in records.values() if "prediction" in record and not gpus(record)),
     ]
-    if over_gpus := [_over_gpus(record) for record in records.values() if _gpus(record)]:
+    if over_gpus := [_over_gpus(record) for record in records.values() if gpus(record)]:
         lines += [
             "",
             "| One forward, all sparse | one GPU, ms | several, ms | exchanges if alone | best dense on as many, ms |",
@@ -122,50 +125,24 @@ def speed_section() -> str:
     return "\n".join(lines)
 
 
-def speed_page() -> str:
-    """Return every row of every record in Markdown: what `docs/speed.md` holds."""
-    records = _records().values()
-    attention = [_attention(record) for record in records if "rows" in record]
-    models = [_model(record) for record in records if "prediction" in record]
-    runs = [_run_page(record) for record in records if "runs" in record]
-    return "\n\n".join(["# Speed, row by row", *runs, *attention, *models])
-
-
 def plot_sweep(path: Path, picture: Callable[[list[Row], Path, str], None]) -> None:
     """Draw the record `SWEEP`."""
-    record = _records()[SWEEP]
+    record = speed_records.load()[SWEEP]
     rows = [Row(**{**row, "time": row["time"] and Time(**row["time"])}) for row in record["rows"]]
-    picture(rows, path, f"{SWEEP}, {record['environment']['device']}, {_dtype(record)}")
-
-
-def _records() -> dict[str, dict[str, Any]]:
-    return {path.stem: json.loads(path.read_text()) for path in sorted(RECORDS.glob("*.json"))}
-
-
-def _dtype(record: dict[str, Any]) -> str:
-    return record["dtype"].removeprefix("torch.")
-
-
-def _timed(record: dict[str, Any]) -> list[dict[str, Any]]:
-    return [row for row in record["rows"] if row["time"] and row["kind"] != "stage"]
-
-
-def _best_dense(record: dict[str, Any]) -> dict[str, Any]:
-    dense = [row for row in _timed(record) if row["kind"] == "dense"]
-    return min(dense, key=lambda row: row["time"]["median"])
+    picture(rows, path, f"{SWEEP}, {record['environment']['device']}, {dtype(record)}")
 
 
 def _shape(record: dict[str, Any]) -> list[str]:
     """Return a row for each sparsity: the best dense time, the best backend's and that of the paper's settings."""
-    dense = _best_dense(record)
+    dense = best_dense(record)
     shape = record["shape"]
     tokens = shape["grid"][0] * shape["grid"][1] * shape["grid"][2] + shape["text"]
-    name = f"{record['name']}, {record['environment']['device']}, {_dtype(record)}"
+    name = f"{record['name']}, {record['environment']['device']}, {dtype(record)}"
     lines = []
-    for sparsity in sorted({row["sparsity"] for row in _timed(record)} & set(SHOWN)):
+    for sparsity in sorted({row["sparsity"] for row in timed(record)} & set(SHOWN)):
         cells = [name, f"{shape['batch']} x {tokens:,}" if shape["batch"] > 1 else f"{tokens:,}", f"{sparsity:g}"]
         cells.append(f"{dense['time']['median']:.1f} ({dense['name']})")
-        rows = [row for row in _timed(record) if row["sparsity"] == sparsity]
+        rows = [row for row in timed(record) if row["sparsity"] == sparsity]
         ours = [row for row in rows if row["name"] in BACKENDS]
         papers = [row for row in rows if row["name"] == "paper"]
         cells += [_fastest(some, dense["time"]["median"]) for some in (ours, papers)]
@@ -182,11 +159,6 @@ def _fastest(rows: list[dict[str, Any]], dense: float) -> str:
     return f"{time:.1f}{name}, **{dense / time:.2f}x**"
 
 
-def _gpus(record: dict[str, Any]) -> int:
-    """Return over how many GPUs a step was split; 0 for one."""
-    return record.get("options", {}).get("ulysses", 0)
-
-
 def _best_dense_step(record: dict[str, Any]) -> dict[str, Any]:
     dense = [step for step in record["steps"][:-1] if step["name"] not in NOT_DENSE and step.get("density") is None]
     return min(dense, key=lambda step: step["step_ms"])
@@ -195,18 +167,14 @@ def _best_dense_step(record: dict[str, Any]) -> dict[str, Any]:
 def _step_name(record: dict[str, Any]) -> str:
     config = record["options"].get("config")  # records of 0.1 have the sparsity in a name
     sparsity = f"{config['sparsity']:g}" if config else record["steps"][-1]["name"].removeprefix("draft ")
-    return f"{record['model']}, {_compiled(record)}, sparsity {sparsity}"
-
-
-def _ms(record: dict[str, Any], name: str) -> float:
-    return next(step["step_ms"] for step in record["steps"] if step["name"] == name)
+    return f"{record['model']}, {compiled(record)}, sparsity {sparsity}"
 
 
 def _over_gpus(record: dict[str, Any]) -> str:
     prediction, draft, dense = record["prediction"], record["steps"][-1], _best_dense_step(record)
     cells = [
-        f"{_step_name(record)}, {_gpus(record)} x {record['environment']['device']}",
-        f"{_ms(record, ONE_GPU):.0f}",
+        f"{_step_name(record)}, {gpus(record)} x {record['environment']['device']}",
+        f"{ms(record, ONE_GPU):.0f}",
         f"{draft['step_ms']:.0f}, **{prediction['gpu_speedup']:.2f}x**",
         f"{prediction['exchange_share']:.0%}",
         f"{dense['step_ms']:.0f} ({dense['name']})",
@@ -216,7 +184,7 @@ def _over_gpus(record: dict[str, Any]) -> str:
 
 def _step(record: dict[str, Any]) -> str:
     prediction, draft, dense = record["prediction"], record["steps"][-1], _best_dense_step(record)
-    rest = _ms(record, NO_ATTENTION)
+    rest = ms(record, NO_ATTENTION)
     cells = [
         _step_name(record),
         f"{dense['step_ms']:.0f} ({dense['name']})",
@@ -230,7 +198,7 @@ def _step(record: dict[str, Any]) -> str:
 
 def _runs(record: dict[str, Any]) -> list[str]:
     """Return a row for each run of a model; the first is the best dense one."""
-    name = f"{record['model']}, {_compiled(record)}, {record['environment']['device']}"
+    name = f"{record['model']}, {compiled(record)}, {record['environment']['device']}"
     best = record["runs"][0]["seconds"]
     lines = []
     for run in record["runs"]:
@@ -241,101 +209,6 @@ def _runs(record: dict[str, Any]) -> list[str]:
         cells.append(f"{run['memory_gib']:.2f}")
         lines.append(f"| {' | '.join(cells)} |")
     return lines
-
-
-def _run_page(record: dict[str, Any]) -> str:
-    """Return the steps of every run of a model."""
-    lines = [
-        f"**{record['model']}**: whole runs through diffusers' pipeline with random weights, {_compiled(record)}.",
-        "",
-        "| attention | seconds of each step that was timed | density of each forward |",
-        "|---|---|---|",
-    ]
-    for run in record["runs"]:
-        seconds = ", ".join(f"{step:.2f}" for step in run["step_s"])
-        densities = "1" if run["densities"] is None else ", ".join(f"{density:.2f}" for density in run["densities"])
-        lines.append(f"| {run['name']} | {seconds} | {densities} |")
-    return "\n".join([*lines, "", _source(record)])
-
-
-def _compiled(record: dict[str, Any]) -> str:
-    return "compiled" if record["options"]["compiled"] else "eager"
-
-
-def _attention(record: dict[str, Any]) -> str:
-    best = _best_dense(record)["time"]["median"]
-    frames, height, width = record["shape"]["grid"]
-    shape = record["shape"]
-    tokens = f"{frames * height * width:,} video tokens ({frames} x {height} x {width})"
-    text = f" and {shape['text']} of text" if shape["text"] else ""
-    lines = [
-        f"**{record['name']}**: one attention call, {tokens}{text}, {shape['heads']} heads of {shape['head_dim']}, "
-        f"batch {shape['batch']}, {_dtype(record)}, {record['inputs']} inputs.",
-        "",
-        "| | sparsity | density | ms (quartiles) | against the best dense | of ideal | error |",
-        "|---|---|---|---|---|---|---|",
-    ]
-    compared = any(row.get("dense_error") is not None for row in record["rows"])
-    if compared:
-        lines[-2:] = [f"{lines[-2]} against dense |", f"{lines[-1]}---|"]
-    for row in (row for row in record["rows"] if row["time"]):
-        time = row["time"]
-        names = {
-            "dense": "dense, {name}",
-            "draft": "draft, {name}, {budget} budget",
-            "stage": "{name}, {budget} budget",
-            "rival": "{name}",
-        }
-        cells = [names[row["kind"]].format(**row)]
-        cells.append("" if row["sparsity"] is None else f"{row['sparsity']:g}")
-        cells.append("1" if row["density"] is None else f"{row['density']:.3f}")
-        cells.append(f"{time['median']:.2f} ({time['low']:.2f} to {time['high']:.2f})")
-        if row["kind"] == "stage":
-            cells += ["", "", ""]
-        else:
-            ratio = best / time["median"]
-            cells += [f"{ratio:.2f}x", f"{ratio * (row['density'] or 1):.0%}", f"{row['error']:.0e}"]
-        if compared:
-            cells.append("" if row.get("dense_error") is None else f"{row['dense_error']:.1e}")
-        lines.append(f"| {' | '.join(cells)} |")
-    return "\n".join([*lines, "", _source(record)])
-
-
-def _model(record: dict[str, Any]) -> str:
-    prediction = record["prediction"]
-    rest = _ms(record, NO_ATTENTION)
-    lines = [
-        f"**{record['model']}**: one forward of the transformer at its real width with random weights, "
-        f"{_compiled(record)}{f', on {_gpus(record)} GPUs' if _gpus(record) else ''}, summed from measured blocks.",
-        "",
-        "| attention | ms | of it attention | memory beyond weights, GiB |",
-        "|---|---|---|---|",
-    ]
-    lines += [
-        f"| {step['name']} | {step['step_ms']:.0f} | {1 - rest / step['step_ms']:.0%} | {step['memory_gib']:.2f} |"
-        for step in record["steps"]
-        if step["name"] != ONE_GPU
-    ]
-    run = (
-        f"With dense layers, if there are, a sparse step takes {prediction['sparse_step_ms']:.0f} ms on average, "
-        f"{prediction['step_speedup']:.2f}x faster than the best dense one. A run of {prediction['steps']} steps, "
-        f"{prediction['dense_steps']} of them dense, is predicted to take {prediction['draft_s']:.0f} s instead of "
-        f"{prediction['dense_s']:.0f} s ({prediction['run_speedup']:.2f}x)."
-    )
-    if _gpus(record):
-        run = (
-            f"With all layers sparse one GPU takes {_ms(record, ONE_GPU):.0f} ms: {_gpus(record)} are "
-            f"{prediction['gpu_speedup']:.2f}x as fast; exchanges alone would take "
-            f"{prediction['exchange_share']:.0%} of their time. {run}"
-        )
-    return "\n".join([*lines, "", run, "", _source(record)])
-
-
-def _source(record: dict[str, Any]) -> str:
-    facts = record["environment"]
-    packages = ("torch", "triton", "flash-attn-4", "block-sparse-attn", "comfy-kitchen", "diffusers")
-    versions = ", ".join(f"{name} {facts[name]}" for name in packages if name in facts)
-    return f"{facts['device']}, {versions}, {facts['date']}: `{facts['command']}`"
 
 
 if __name__ == "__main__":

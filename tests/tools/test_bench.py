@@ -8,6 +8,7 @@ from pathlib import Path
 from types import ModuleType
 
 import pytest
+import speed_records
 import tables
 import torch
 import torch.distributed as dist
@@ -204,12 +205,19 @@ def test_values_are_smooth_and_a_field_of_their_own() -> None:
         (["--json", "missing/x.json"], "there is no folder missing"),
         (["--json", "."], "it is not a file"),
         (["--json", "/dev/full"], "it is not a file"),
+        (["--shape", "cpu-10k"], "not allowed with argument --grid"),
     ],
 )
 def test_user_errors_are_one_line(options, message, tmp_path, monkeypatch, capsys) -> None:
     monkeypatch.chdir(tmp_path)
     assert message in fails(options, capsys)
     assert not any(tmp_path.iterdir())
+
+
+def test_sizes_are_those_of_the_shape_unless_a_grid_is_given(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        main(["bench", "attention", "--head-dim", "64", "--batch", "2"])
+    assert "--head-dim, --batch: only beside --grid. Every --shape has its own." in capsys.readouterr().err
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="this machine has a GPU")
@@ -368,7 +376,7 @@ def test_whole_runs_have_a_table_of_their_own(monkeypatch: pytest.MonkeyPatch) -
     runs = [dense | {"densities": None, "memory_gib": 8.0}, draft | {"densities": [0.6, 0.1], "memory_gib": 8.126}]
     facts = {"device": "NVIDIA H200", "torch": "2.11.0", "date": "2026-11-28", "command": "diffusers-draft bench run"}
     record = {"environment": facts, "model": "wan-14b-768p", "options": {"compiled": True}, "runs": runs}
-    monkeypatch.setattr(tables, "_records", lambda: {"run": record})
+    monkeypatch.setattr(speed_records, "load", lambda: {"run": record})
     section, page = speed_section().splitlines(), speed_page()
     name = "wan-14b-768p, compiled, NVIDIA H200"
     assert f"| {name}: dense fa4 | 10 (2 timed) | 220 | **1.00x** | 210 | 8.00 |" in section
@@ -377,12 +385,12 @@ def test_whole_runs_have_a_table_of_their_own(monkeypatch: pytest.MonkeyPatch) -
 
 
 def test_several_gpus_have_a_table_of_their_own(monkeypatch: pytest.MonkeyPatch) -> None:
-    record = tables._records()["model-wan-14b-768p-compiled"]
+    record = speed_records.load()["model-wan-14b-768p-compiled"]
     alone = record["steps"][-1] | {"name": step.ONE_GPU, "step_ms": 5000.0}
     record["steps"] = [alone, *record["steps"][:-1], record["steps"][-1] | {"step_ms": 2500.0}]
     record["options"]["ulysses"] = 2
     record["prediction"] |= {"gpu_speedup": 2.0, "exchange_share": 0.07}
-    monkeypatch.setattr(tables, "_records", lambda: {"model-two": record})
+    monkeypatch.setattr(speed_records, "load", lambda: {"model-two": record})
     section, page = speed_section().splitlines(), speed_page()
     name = "wan-14b-768p, compiled, sparsity 0.8, 2 x NVIDIA H200"
     assert section[-1] == f"| {name} | 5000 | 2500, **2.00x** | 7% | 11481 (dense fa4) |"
@@ -393,9 +401,9 @@ def test_several_gpus_have_a_table_of_their_own(monkeypatch: pytest.MonkeyPatch)
 
 
 def test_records_of_the_defaults_and_of_a_rival_have_tables(monkeypatch: pytest.MonkeyPatch) -> None:
-    record = tables._records()["hunyuan-768p"] | {"rows": [asdict(row) for row in fake_rows()]}
+    record = speed_records.load()["hunyuan-768p"] | {"rows": [asdict(row) for row in fake_rows()]}
     record["rows"].append(asdict(Row("without correction", "draft", 0.9, "row", Time(1.0, 1.0, 1.0, 3), 0.1, 0.0)))
-    monkeypatch.setattr(tables, "_records", lambda: {"new": record})
+    monkeypatch.setattr(speed_records, "load", lambda: {"new": record})
     assert "| 0.9 | 2.0 (sdpa) | 2.0 (fa4), **1.00x** | 2.0, **1.00x** |" in speed_section()
     page = speed_page()
     assert "| of ideal | error | against dense |\n|---|---|---|---|---|---|---|---|\n" in page
