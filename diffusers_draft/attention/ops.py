@@ -98,7 +98,8 @@ def attend_by(
     The other arguments, and the results, are those of `attend`. For models that are not compiled.
     """
     query, key, value = in_autocast_dtype(query, key, value)
-    with _without_autocast(query.device.type):
+    # Kernels run on the current device, which need not be that of the tensors.
+    with torch.accelerator.device_index(query.device.index), _without_autocast(query.device.type):
         call = Call.order(query, key, value, geometry, kv_len, Method.from_tensor(method), scale)
         sparsity, number = numbers.tolist()
         mask = call.select(sparsity, None if scores is None else scores(call))

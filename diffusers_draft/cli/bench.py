@@ -81,7 +81,7 @@ def run_attention(args: argparse.Namespace) -> None:
     kind = "random" if args.random else "structured, smooth-valued"
     print(f"{name}: {shape}, {shape.seq_len:,} tokens, {dtype}, {kind} inputs")
     inputs = (random_inputs if args.random else structured_inputs)(shape, args.device, dtype, args.seed)
-    with torch.inference_mode():
+    with one_line(torch.OutOfMemoryError), torch.inference_mode():
         rows = list(_rows(args, Case(shape, inputs, args.seconds), methods))
     print(format_table(rows, shape))
     if args.json:

@@ -86,7 +86,7 @@ def run_model(args: argparse.Namespace) -> None:
     else:
         config = _config(args, SPARSITY if args.sparsity is None else args.sparsity)
     _check_backend(args, config)
-    with together(args.ulysses) as ranks:
+    with one_line(torch.OutOfMemoryError), together(args.ulysses) as ranks:
         _run_model(args, config, ranks)
 
 
@@ -109,9 +109,10 @@ def run_runs(args: argparse.Namespace) -> None:
     facts = environment(DEVICE)
     print(", ".join(f"{key} {value}" for key, value in facts.items()))
     runs = []
-    for run in _runs(args, configs, timed):
-        runs.append(run)
-        print(_line(run, runs[0]))
+    with one_line(torch.OutOfMemoryError):
+        for run in _runs(args, configs, timed):
+            runs.append(run)
+            print(_line(run, runs[0]))
     if args.json:
         options = {"compiled": args.compile, "backend": args.backend, "steps": args.steps, "dense_steps": timed}
         record = {"environment": facts, "model": args.model, "options": options, "runs": [asdict(run) for run in runs]}

@@ -7,6 +7,8 @@ from typing import Any
 
 from ..attention.method import format_tile
 from ..config import DraftConfig
+from ..tools.bench.measure import environment
+from ..tools.generation.loading import device, dtype_of
 from . import one_line
 from .model_options import CALL, add_model_options, call, check_backend, image, loaded, model
 from .option_types import seed, whole
@@ -76,7 +78,6 @@ def run(args: argparse.Namespace) -> None:
     from ..tools.evaluation.store import FOLDERS
     from ..tools.evaluation.table import as_text
     from ..tools.evaluation.vbench import check_installed
-    from ..tools.generation.loading import device
     from ..tools.generation.run import call_arguments
     from ..tools.generation.video import check_writable
 
@@ -103,8 +104,9 @@ def run(args: argparse.Namespace) -> None:
     def inputs(pipe: Any, prompt: str, seed: int) -> dict[str, Any]:
         return call_arguments(pipe, prompt=prompt, seed=seed, image=start, **call(args))
 
-    study = Study(store, lambda: loaded(args), inputs, prompts, args.seeds, settings, metrics, args.videos, args.fps)
-    print(f"{len(prompts)} prompts, {len(args.seeds)} seeds, {len(settings)} settings, results in {args.output}")
+    seeds = list(dict.fromkeys(args.seeds))
+    study = Study(store, lambda: loaded(args), inputs, prompts, seeds, settings, metrics, args.videos, args.fps)
+    print(f"{len(prompts)} prompts, {len(seeds)} seeds, {len(settings)} settings, results in {args.output}")
     try:
         with one_line(OSError, ValueError, ImportError, RuntimeError):
             study.run()
@@ -128,5 +130,7 @@ def _settings(args: argparse.Namespace) -> list[Any]:
 
 
 def _facts(args: argparse.Namespace) -> dict[str, Any]:
-    facts = dataclasses.asdict(model(args)) | {"dtype": args.dtype, "image": args.image and str(args.image)}
+    chosen = model(args)
+    facts = dataclasses.asdict(chosen) | {"dtype": str(dtype_of(chosen)).removeprefix("torch.")}
+    facts |= {"image": args.image and str(args.image), "fps": args.fps, "device": environment(device())["device"]}
     return facts | {name: call(args).get(name) for name in CALL.values()}

@@ -6,7 +6,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from PIL import Image
+from PIL import Image, ImageOps
+from safetensors import SafetensorError
 
 from ..attention.method import Method
 from ..tools.generation.loading import Model, device, dtype_of, load
@@ -78,15 +79,15 @@ def call(args: argparse.Namespace) -> dict[str, Any]:
 
 
 def image(args: argparse.Namespace) -> Image.Image | None:
-    """Read the image given as `--image`.
+    """Read the image given as `--image`, upright.
 
     Raises:
         CommandError: if it is not a readable image.
     """
     if args.image is None:
         return None
-    with one_line(OSError):
-        return Image.open(args.image).convert("RGB")
+    with one_line(OSError, Image.DecompressionBombError):
+        return ImageOps.exif_transpose(Image.open(args.image)).convert("RGB")
 
 
 def loaded(args: argparse.Namespace, prepare: Callable[[Any], None] = lambda pipe: None) -> Any:
@@ -99,5 +100,5 @@ def loaded(args: argparse.Namespace, prepare: Callable[[Any], None] = lambda pip
     Raises:
         CommandError: if the pipeline cannot be loaded or does not fit the other options.
     """
-    with one_line(OSError, ValueError, ImportError, torch.OutOfMemoryError):
+    with one_line(OSError, ValueError, ImportError, SafetensorError, torch.OutOfMemoryError):
         return load(model(args), with_image=args.image is not None, prepare=prepare)

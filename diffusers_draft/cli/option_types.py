@@ -73,10 +73,13 @@ def seed(text: str) -> int:
 
 
 def device(text: str) -> torch.device:
-    """Read a device and try it."""
+    """Read a device, try it and make it the current one, on which kernels run."""
     try:
         torch.zeros(1, device=text).item()
     except (RuntimeError, AssertionError, ImportError) as error:
         reason = str(error).split("\n")[0]
         raise argparse.ArgumentTypeError(f"{text!r} cannot be used here: {reason}") from error
-    return torch.device(text)
+    found = torch.device(text)
+    if found.index is not None and found.type != "cpu":
+        torch.accelerator.set_device_index(found.index)
+    return found

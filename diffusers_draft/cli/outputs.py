@@ -3,6 +3,7 @@
 from collections.abc import Callable
 from pathlib import Path
 
+from ..tools.generation.files import replacing
 from . import CommandError
 from .packages import check_packages
 
@@ -48,16 +49,10 @@ def write_output(path: Path, write: Callable[[Path], object], *, keep: bool = Tr
     Raises:
         CommandError: if it cannot be written; what was at its place stays.
     """
-    place = path.resolve()  # a link stays one
-    part = place.with_name(f".{place.stem}.part{place.suffix}")
 
     def through_part() -> None:
-        try:
+        with replacing(path, keep=keep) as part:
             write(part)
-            if keep:
-                part.replace(place)
-        finally:
-            part.unlink(missing_ok=True)
 
     _try(path, through_part)
 

@@ -66,6 +66,12 @@ class Ranks:
             enable_parallelism(pipe, config=ContextParallelConfig(ulysses_degree=self.size))
 
 
+def world_size() -> int:
+    """Count the processes that `torchrun` or `accelerate launch` started, 1 without them."""
+    told = all(name in os.environ for name in ("RANK", "MASTER_ADDR", "MASTER_PORT"))
+    return int(os.environ.get("WORLD_SIZE", 1)) if told else 1
+
+
 @contextlib.contextmanager
 def together(ulysses: int) -> Iterator[Ranks]:
     """Join the process group of the command; ranks other than the first print nothing but errors.
@@ -78,7 +84,7 @@ def together(ulysses: int) -> Iterator[Ranks]:
             `torchrun` and `accelerate launch` then end the other processes; without them each one waits for
             `PATIENCE`, or for `LOADING` before all have loaded the model.
     """
-    size = int(os.environ.get("WORLD_SIZE", 1))
+    size = world_size()
     if ulysses < 1 or size != ulysses:
         raise CommandError(
             f"--ulysses {ulysses} needs as many processes, and this command runs in {size}. Start it with: "

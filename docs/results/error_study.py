@@ -99,7 +99,7 @@ def table(record: dict[str, Any]) -> str:
         ]
         free = [clip for clip in clips if not clip[2]]
         gains = [clip[5] - clip[6] for clip in clips]
-        interval = 1.96 * statistics.stdev(gains) / math.sqrt(len(gains))
+        interval = 1.96 * statistics.stdev(gains) / math.sqrt(len(gains)) if len(gains) > 1 else math.nan
         near = sum(abs(clip[1] / target - 1) <= 0.15 for clip in free)
         cells = [
             str(steps),

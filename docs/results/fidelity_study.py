@@ -9,7 +9,6 @@ option can be tried here, as the constants were: how a schedule falls, and the w
 import contextlib
 import dataclasses
 import math
-import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -148,12 +147,10 @@ def run_unit(unit: Unit) -> list[dict[str, Any]]:
     shown = {"dense": dense}
     for variant in unit.variants:
         with variant.in_force(), enable_draft_attention(pipe, config=variant.config) as handle:
-            start = time.perf_counter()
             clips = clips_of(pipe, unit)
             report = handle.report()
-        seconds = time.perf_counter() - start
         shown[variant.name] = clips
-        common = {"grid": unit.grid, "steps": unit.steps, "setting": variant.name, "batch_seconds": round(seconds, 2)}
+        common = {"grid": unit.grid, "steps": unit.steps, "setting": variant.name}
         common |= {name: round(value, 5) for name, value in work(None, report).items()}
         if error := report.transformers[0].error:
             common |= {"error_before": round(error.before, 5), "error_after": round(error.after, 5)}

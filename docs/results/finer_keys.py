@@ -4,6 +4,7 @@ Run `python docs/results/finer_keys.py --output FILE` in a checkout, on a machin
 time of its kernel with each size is measured too. docs/trials.md tells what came of it.
 """
 
+from importlib.util import find_spec
 from typing import Any
 
 import torch
@@ -132,6 +133,8 @@ def kernel_times(shape: str = "hunyuan-768p", seconds: float = 0.3) -> list[dict
 
 
 if __name__ == "__main__":
+    if find_spec("flash_attn") is None or find_spec("flash_attn.cute") is None:
+        raise SystemExit("The kernel that is timed is FlashAttention-4's, and flash_attn.cute is not installed.")
     study(
         __doc__,
         captions=16,

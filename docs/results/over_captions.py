@@ -16,6 +16,7 @@ import torch
 
 from diffusers_draft.tools.bench.measure import environment
 from diffusers_draft.tools.demo.model import WEIGHTS
+from diffusers_draft.tools.generation.files import replacing
 
 Work = TypeVar("Work")
 Record = dict[str, Any]
@@ -72,7 +73,8 @@ def study(
                 print(f"{len(lines) - 1} of {len(todo)}", flush=True)
     found = [one for line in lines[1 : len(todo) + 1] for one in line["found"]]
     record = {"environment": lines[0]["found"], "captions": chosen} | packed(found)
-    args.output.write_text(json.dumps(record) + "\n")
+    with replacing(args.output) as part:
+        part.write_text(json.dumps(record) + "\n")
     return record
 
 

@@ -210,6 +210,19 @@ def test_corrected_output_is_that_of_the_plain_steps_in_float32(
     assert oracle.error(found, expected.double()) <= 3 * ERROR[dtype]
 
 
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
+@pytest.mark.parametrize("backend", ["triton", "fa4"])
+def test_tensors_need_not_be_on_the_current_gpu(backend):
+    need(backend)
+    here = tensors(1, 2 * 22 * 40, 4, 128, torch.bfloat16)
+    there = [tensor.to("cuda:1") for tensor in here]
+    options = dict(grid=(2, 22, 40), sparsity=0.7, backend=backend)
+    with torch.cuda.device(0):
+        found = draft_attention(*there, **options)
+        assert found.device == there[0].device
+        assert oracle.error(found.to(here[0].device), draft_attention(*here, **options).double()) < 1e-3
+
+
 @pytest.mark.parametrize("backend", ["triton", "fa4"])
 def test_at_sparsity_0_correction_changes_nothing(backend):
     need(backend)

@@ -5,6 +5,7 @@ import sys
 from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
+from time import sleep
 from types import ModuleType
 
 import pytest
@@ -21,7 +22,7 @@ from diffusers_draft.cli import bench, main, outputs
 from diffusers_draft.config import DraftConfig
 from diffusers_draft.tools.bench import step
 from diffusers_draft.tools.bench.attention import Row, run_dense, run_draft
-from diffusers_draft.tools.bench.measure import Time, environment
+from diffusers_draft.tools.bench.measure import Time, environment, measure
 from diffusers_draft.tools.bench.pictures import plot, plot_error
 from diffusers_draft.tools.bench.reference import Case, relative_error
 from diffusers_draft.tools.bench.rival import run_rival
@@ -103,6 +104,17 @@ def test_tiles_are_given_as_elsewhere(tmp_path: Path) -> None:
 def test_a_record_has_the_command_that_a_reader_can_type(started: str, expected: str, monkeypatch) -> None:
     monkeypatch.setattr(sys, "argv", [started, "--seconds", "1"])
     assert environment(torch.device("cpu"))["command"] == expected
+
+
+def test_over_several_gpus_no_call_is_made_without_a_use() -> None:
+    calls: list[None] = []
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    try:
+        time = measure(lambda: (sleep(0.02), calls.append(None)), 0.01)
+    finally:
+        dist.destroy_process_group()
+    assert time.runs == 3 and 20 <= time.low <= time.median <= time.high
+    assert len(calls) == 2 + 1 + 1 + 3  # warm-up, one that tells how many, until clocks are steady, and timed
 
 
 def test_a_record_of_several_gpus_says_how_its_processes_were_started(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from diffusers_draft.attention import kernels
-from diffusers_draft.cli import bench_model, main
+from diffusers_draft.cli import bench, bench_model, main
 from diffusers_draft.config import DraftConfig
 from diffusers_draft.tools.bench import models, predict, step
 from diffusers_draft.tools.bench.run import Bench
@@ -54,6 +54,26 @@ def test_a_predicted_run_adds_up(name: str) -> None:
     assert 0 < steps < 25
     expected = (steps * (8 * layers + 2) + (50 - steps) * sparse) * entry.forwards / 1e3
     assert paper["draft_s"] == pytest.approx(expected)
+
+
+def test_a_run_of_which_all_is_dense_is_predicted_at_its_mean() -> None:
+    assert predict.densities_to_measure("wan-14b-768p", DraftConfig.paper(0.9), 1) == [pytest.approx(0.1)]
+
+
+@pytest.mark.parametrize("what", ["model", "run", "attention"])
+def test_too_little_memory_is_one_line(what: str, monkeypatch: pytest.MonkeyPatch, capsys) -> None:
+    def full(*_: Any, **__: Any) -> Any:
+        raise torch.OutOfMemoryError("CUDA out of memory.\nTried to allocate 2.00 GiB.")
+
+    monkeypatch.setattr(bench_model, "_check", lambda *_: None)
+    monkeypatch.setattr(bench_model, "_check_backend", lambda *_: None)
+    monkeypatch.setattr(bench_model, "environment", lambda _: {})
+    for module, name in ((bench_model, "_run_model"), (bench_model, "_runs"), (bench, "_rows")):
+        monkeypatch.setattr(module, name, full)
+    with pytest.raises(SystemExit) as stop:
+        main(["bench", what])
+    assert stop.value.code == 2
+    assert "error: CUDA out of memory. Tried to allocate 2.00 GiB." in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("name", ["wan-14b-768p"])  # without text, whose blocks are always computed

@@ -14,6 +14,7 @@ import time
 import types
 from importlib.machinery import ModuleSpec
 from pathlib import Path
+from types import SimpleNamespace
 
 import checkpoints
 import imageio
@@ -27,7 +28,8 @@ from paper import PAPER, enable_draft_attention
 from PIL import Image
 
 from diffusers_draft import DraftConfig
-from diffusers_draft.cli import main
+from diffusers_draft.cli import evaluate, main
+from diffusers_draft.patching.report import DraftReport
 from diffusers_draft.tools.evaluation import Setting, Store, Study, grid, parse_setting, read_prompts
 from diffusers_draft.tools.evaluation.metrics import fidelity, fidelity_metrics, flicker
 from diffusers_draft.tools.evaluation.results import read_results
@@ -219,11 +221,11 @@ def test_killed_run_started_again_ends_with_the_same_table(folder, tmp_path):
     for wanted in (2, 5):
         with subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT) as process:
             until = time.monotonic() + 120
-            while len(list(clips.glob("*.json"))) < wanted and process.poll() is None and time.monotonic() < until:
+            while len(list(clips.glob("[!.]*.json"))) < wanted and process.poll() is None and time.monotonic() < until:
                 time.sleep(0.002)
             process.send_signal(signal.SIGKILL)
         assert process.returncode == -signal.SIGKILL, "it ended before it could be killed"
-        finished = {path.name: path.read_bytes() for path in clips.glob("*.json")}
+        finished = {path.name: path.read_bytes() for path in clips.glob("[!.]*.json")}
         assert wanted <= len(finished) < 9
         assert finished.items() >= kept.items()
         kept = finished
@@ -231,7 +233,7 @@ def test_killed_run_started_again_ends_with_the_same_table(folder, tmp_path):
     assert all((clips / name).read_bytes() == content for name, content in kept.items())
     main(arguments(folder, tmp_path / "whole", *settings))
     assert rows_without_times(tmp_path / "killed") == rows_without_times(tmp_path / "whole")
-    assert len(list(clips.glob("*.json"))) == 9
+    assert len(list(clips.glob("[!.]*.json"))) == 9
     assert not list((tmp_path / "killed").rglob("*.part*"))
 
 
@@ -283,6 +285,10 @@ def test_full_disk_is_one_line_and_keeps_what_was_done(folder, tmp_path, monkeyp
         (["--sparsity", "0.5", "--prompts", "binary.txt"], "binary.txt is not UTF-8 text"),
         (["--sparsity", "0.5", "--prompts", "empty.txt"], "empty.txt holds no prompt"),
         (["--sparsity", "0.5", "--prompts", "other.csv"], "needs a column named prompt; its first line has text, id"),
+        (
+            ["--sparsity", "0.5", "--prompts", "open.csv"],
+            "open.csv cannot be read as CSV: field larger than field limit",
+        ),
         (["--sparsity", "0.5", "--image", "missing.png"], "No such file or directory: 'missing.png'"),
         (["--sparsity", "0.5", "--output", "empty.txt"], "Not a directory"),
         (["--sparsity", "0.5", "--vbench"], "pip install vbench"),
@@ -302,6 +308,7 @@ def test_errors_are_one_line(more, message, folder, tmp_path, monkeypatch, capsy
     (tmp_path / "empty.txt").write_text("\n \n")
     (tmp_path / "taken" / "results.csv").mkdir(parents=True)
     (tmp_path / "other.csv").write_text("text,id\na,1\n")
+    (tmp_path / "open.csv").write_text('prompt\n"a cat\n' + "a dog\n" * 30_000)
     assert message in fails(arguments(folder, tmp_path / "out", *more), capsys)
     assert not list(tmp_path.glob("*/clips/*")), "it was found before the first clip"
 
@@ -322,9 +329,30 @@ def test_numbers_that_are_none_are_one_line(more, message, folder, tmp_path, cap
     assert message in err and err.count("\n") == 1
 
 
-def test_folder_of_another_study_is_refused(folder, done, capsys):
-    line = fails(arguments(folder, done[0], "--sparsity", "0.5", "--steps", "5"), capsys)
-    assert "holds results with num_inference_steps 3; now it is 5. Choose another folder." in line
+@pytest.mark.parametrize(
+    ("option", "message"),
+    [
+        (("--steps", "5"), "num_inference_steps 3; now it is 5"),
+        (("--fps", "30"), "fps 16; now it is 30.0"),
+        (("--dtype", "bfloat16"), "dtype 'float32'; now it is 'bfloat16'"),
+    ],
+)
+def test_folder_of_another_study_is_refused(option, message, folder, done, capsys):
+    line = fails(arguments(folder, done[0], "--sparsity", "0.5", *option), capsys)
+    assert f"holds results with {message}. Choose another folder." in line
+
+
+def test_folder_of_another_machine_is_refused(folder, done, monkeypatch, capsys):
+    monkeypatch.setattr(evaluate, "environment", lambda device: {"device": "another"})
+    line = fails(arguments(folder, done[0], "--sparsity", "0.5"), capsys)
+    assert "; now it is 'another'. Choose another folder." in line
+
+
+def test_folder_of_a_refused_try_is_free_for_the_next(folder, tmp_path, capsys):
+    assert "divisible by 16" in fails(arguments(folder, tmp_path, "--sparsity", "0.5", "--height", "100"), capsys)
+    small = ["--height", "64", "--width", "64", "--steps", "1", "--no-videos"]
+    assert main(arguments(folder, tmp_path, "--sparsity", "0.5", *TILE, *small, "--seeds", 3, 3)) == 0
+    assert len(list((tmp_path / "clips").iterdir())) == 2 * 3, "a seed given twice counts once"
 
 
 @pytest.mark.parametrize("package", ["torchmetrics", "matplotlib"])
@@ -360,6 +388,18 @@ def test_vbench_scores_the_videos_of_every_setting(folder, done, tmp_path, monke
     name = "sparsity=0.5,schedule=falling,score=value,probes=64,budget=row,tile=4x4x8"
     assert list(scores) == ["dense", name]
     assert scores["dense"]["motion_smoothness"] == scores[name]["imaging_quality"] == 0.3
+
+    (tmp_path / "videos" / "dense" / "of-an-earlier-list.mp4").touch()
+    monkeypatch.setattr(VBench, "evaluate", fails_to_load)
+    (tmp_path / "results.json").unlink()
+    with pytest.raises(KeyError):
+        main(arguments(folder, tmp_path, "--sparsity", "0.5", "--vbench"))
+    assert len(json.loads((tmp_path / "results.json").read_text())["clips"]) == 6, "the clips' own numbers are kept"
+    assert len(list((tmp_path / "vbench" / "dense" / "clips").iterdir())) == 3, "only this study's are scored"
+
+
+def fails_to_load(self, **options):
+    raise KeyError("no weights")
 
 
 def test_without_videos_the_numbers_are_the_same(folder, done, tmp_path):
@@ -449,6 +489,17 @@ def test_work_without_any_call_is_that_of_a_dense_run():
     assert work(None, report) == work(report, report) == {"density": 1.0, "computed": 1.0}
 
 
+def test_work_of_two_experts_counts_each_by_its_calls():
+    """As of Wan 2.2: 12 steps of the denser one, 28 of the other, 3 layers in each."""
+    report = enable_draft_attention(models.wan(), 0.5, probes=0).report().transformers[0]
+    experts = [
+        dataclasses.replace(report, run=(SimpleNamespace(density=density),), sparse_calls=3 * steps, dense_calls={})
+        for density, steps in ((0.45, 12), (0.09, 28))
+    ]
+    found = work(None, DraftReport(tuple(experts)))
+    assert found["density"] == pytest.approx((12 * 0.45 + 28 * 0.09) / 40) == pytest.approx(found["computed"])
+
+
 @pytest.mark.parametrize("sparsity", [0, 0.7])
 def test_draft_selection_under_autocast_is_draft_attention(sparsity):
     """Its queries come in float32, and nothing of it is rounded where draft attention is not."""
@@ -475,6 +526,18 @@ def test_more_metrics_and_settings_are_added_to_a_finished_study(tmp_path):
     more.run()
     clips = more.records()[2:]
     assert len(clips) == 4 and all(clip["ssim_again"] == clip["ssim"] for clip in clips)
+
+
+def test_dense_clips_that_were_thrown_away_are_made_again_where_they_are_needed(tmp_path):
+    config = DraftConfig(sparsity=0.5, tile=(2, 8))
+    first = study(tmp_path, [Setting(config)])
+    first.run()
+    for path in (tmp_path / "dense").iterdir():
+        path.unlink()
+    first.run()
+    assert not list((tmp_path / "dense").iterdir()), "nothing was left to compare"
+    study(tmp_path, [Setting(config), Setting(dataclasses.replace(config, budget="head"))]).run()
+    assert len(list((tmp_path / "clips").iterdir())) == 6
 
 
 # --- prompts, settings

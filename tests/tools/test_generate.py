@@ -2,8 +2,10 @@
 
 import contextlib
 import inspect
+import json
 import re
 import sys
+from types import SimpleNamespace
 
 import checkpoints
 import diffusers
@@ -15,7 +17,7 @@ from diffusers import DiffusionPipeline, FlowMatchEulerDiscreteScheduler, WanPip
 from paper import enable_draft_attention
 from PIL import Image
 
-from diffusers_draft import DraftConfig
+from diffusers_draft import DraftConfig, DraftHandle
 from diffusers_draft.cli import main, model_options
 from diffusers_draft.tools.demo.model import WEIGHTS
 from diffusers_draft.tools.evaluation.attention import Samples, measure_attention
@@ -427,6 +429,38 @@ def test_frames_are_kept_elsewhere_on_a_full_disk(tmp_path, monkeypatch):
     assert list(tmp_path.iterdir()) == []
     kept.unlink()
     kept.parent.rmdir()
+
+
+def test_a_report_that_fails_costs_no_video(folder, tmp_path, monkeypatch):
+    def report(handle):
+        raise BrokenPipeError
+
+    monkeypatch.setattr(DraftHandle, "report", report)
+    with pytest.raises(BrokenPipeError):
+        generate("--model", folder / "wan", *SMALL, "--output", tmp_path / "a.mp4")
+    assert imageio.v3.imread(tmp_path / "a.mp4").shape == (9, 208, 272, 3)
+
+
+def test_a_video_behind_a_link_is_written_there(tmp_path):
+    target, link = tmp_path / "target.mp4", tmp_path / "link.mp4"
+    link.symlink_to(target)
+    video.check_writable(link, 16)
+    video.write_video(np.zeros((3, 32, 32, 3), np.uint8), link, 16)
+    assert link.is_symlink() and target.stat().st_size > 100
+
+
+def test_an_image_is_read_upright(tmp_path):
+    turned = Image.Exif()
+    turned[0x0112] = 6  # orientation: the camera was held upright
+    Image.new("RGB", (40, 20)).save(tmp_path / "photo.jpg", exif=turned)
+    assert model_options.image(SimpleNamespace(image=tmp_path / "photo.jpg")).size == (20, 40)
+
+
+def test_compiling_what_diffusers_does_not_compile_is_refused_before_loading(tmp_path, monkeypatch):
+    index = {"_class_name": "CogVideoXPipeline", "transformer": ["diffusers", "CogVideoXTransformer3DModel"]}
+    (tmp_path / "model_index.json").write_text(json.dumps(index))
+    with pytest.raises(ValueError, match=r"no repeated blocks of a CogVideoXTransformer3DModel\. Leave --compile out"):
+        load(Model(name=str(tmp_path), compile=True))
 
 
 def test_video_that_ffmpeg_cuts_short_is_an_error(tmp_path, monkeypatch):

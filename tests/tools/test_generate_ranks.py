@@ -87,11 +87,36 @@ def test_a_killed_rank_ends_the_command(tmp_path_factory: pytest.TempPathFactory
     assert list(tmp_path.iterdir()) == []
 
 
+def _as_started_by_torchrun(size: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name, value in {"WORLD_SIZE": size, "RANK": 0, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": 1}.items():
+        monkeypatch.setenv(name, str(value))
+
+
+@pytest.mark.parametrize("command", [["eval", "--model", "any", "--prompts", "any"], ["bench", "attention"], ["demo"]])
+def test_commands_of_one_process_refuse_several(
+    command: list[str], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    _as_started_by_torchrun(2, monkeypatch)
+    with pytest.raises(SystemExit) as stop:
+        main(command)
+    assert stop.value.code == 2
+    error = capsys.readouterr().err
+    assert f"{command[0]} runs in one process, and was started in 2. Start it without torchrun." in error
+
+
+def test_a_cluster_s_own_word_for_its_size_starts_no_processes(monkeypatch: pytest.MonkeyPatch, capsys) -> None:
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    assert main(["models"]) == 0
+    with pytest.raises(SystemExit):
+        main(["generate", "--model", "any", "--prompt", "a", "--ulysses", "2"])
+    assert "needs as many processes, and this command runs in 1" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize(("started", "asked"), [(1, 2), (2, 1), (2, 4)])
 def test_as_many_processes_as_asked(
     started: int, asked: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setenv("WORLD_SIZE", str(started))
+    _as_started_by_torchrun(started, monkeypatch)
     with pytest.raises(SystemExit) as stop:
         main(["generate", "--model", "any", *SMALL, "--ulysses", str(asked), "--output", str(tmp_path / "never.mp4")])
     assert stop.value.code == 2

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import torch
 import torch.distributed as dist
-from torch.utils.benchmark import Timer
+from torch.utils.benchmark import Timer, timer
 
 PACKAGES = (
     "diffusers-draft",
@@ -44,21 +44,28 @@ def measure(call: Callable[[], object], seconds: float = 1.0) -> Time:
     """
     for _ in range(2):
         call()
-    timer = Timer("call()", globals={"call": call}, num_threads=torch.get_num_threads())
     if dist.is_initialized():
-        first = torch.tensor(timer.timeit(1).mean, device=torch.accelerator.current_accelerator(check_available=True))
+        first = torch.tensor(_once(call), device=torch.accelerator.current_accelerator(check_available=True))
         dist.broadcast(first, 0)
         runs = max(3, math.ceil(seconds / first.item()))
         for _ in range(math.ceil(seconds / first.item())):  # until the clocks of the GPUs are steady
             call()
-        times = torch.tensor([timer.timeit(1).mean for _ in range(runs)]) * 1e3
+        times = torch.tensor([_once(call) for _ in range(runs)]) * 1e3
         quartiles = times.quantile(torch.tensor([0.25, 0.5, 0.75])).to(first)
         dist.all_reduce(quartiles)
         low, median, high = (quartiles / dist.get_world_size()).tolist()
         return Time(median, low, high, runs)
-    result = timer.blocked_autorange(min_run_time=seconds)
+    many = Timer("call()", globals={"call": call}, num_threads=torch.get_num_threads())
+    result = many.blocked_autorange(min_run_time=seconds)
     low, high = (float(torch.tensor(result.times).quantile(q)) * 1e3 for q in (0.25, 0.75))
     return Time(result.median * 1e3, low, high, len(result.times) * result.number_per_run)
+
+
+def _once(call: Callable[[], object]) -> float:
+    """Time one call in seconds; `Timer.timeit` would make two more."""
+    begin = timer()
+    call()
+    return timer() - begin
 
 
 def environment(device: torch.device) -> dict[str, str]:

@@ -30,7 +30,8 @@ def densities_of_run(name: str, config: DraftConfig, num_steps: int) -> list[flo
 def densities_to_measure(name: str, config: DraftConfig, num_steps: int) -> list[float]:
     """Choose the densities that tell the time of a run: its lowest, its highest, and last their mean."""
     sparse = [density for density in densities_of_run(name, config, num_steps) if density is not None]
-    return [*sorted({min(sparse), max(sparse)} - {1 - config.known_sparsity}), 1 - config.known_sparsity]
+    ends = {min(sparse), max(sparse)} if sparse else set()
+    return [*sorted(ends - {1 - config.known_sparsity}), 1 - config.known_sparsity]
 
 
 def predict(name: str, config: DraftConfig, steps: Sequence[Step], num_steps: int) -> dict[str, float]:

@@ -27,8 +27,11 @@ def read_prompts(path: Path) -> list[str]:
 def _column(path: Path, text: str) -> list[str]:
     """Read the column `prompt` of a CSV."""
     reader = csv.DictReader(text.splitlines(keepends=True))
-    names = list(reader.fieldnames or ())
+    try:
+        names, rows = list(reader.fieldnames or ()), list(reader)
+    except csv.Error as error:
+        raise ValueError(f"{path} cannot be read as CSV: {error}. Is a quote not closed?") from error
     name = next((name for name in names if name.strip().lower() == "prompt"), None)
     if name is None:
         raise ValueError(f"{path} needs a column named prompt; its first line has {', '.join(names) or 'nothing'}.")
-    return [row[name] or "" for row in reader]
+    return [row[name] or "" for row in rows]

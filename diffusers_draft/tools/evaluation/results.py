@@ -38,12 +38,11 @@ def write_results(study: Study, device: torch.device, title: str, *, with_vbench
     rows = table(clips, attention)
     record = {"environment": environment(device), "facts": study.store.facts, "rows": [_plain(row) for row in rows]}
     record |= {"clips": clips, "attention": attention}
-    if with_vbench:
-        names = [row["setting"] for row in rows]
-        record["vbench"] = {n: vbench.score(folder / "videos" / n, folder / "vbench" / n, device) for n in names}
-    whole_or_not(folder / NAMES[0], lambda file: file.write((json.dumps(record, indent=1) + "\n").encode()))
+    _write(folder, record)
     whole_or_not(folder / NAMES[1], lambda file: file.write(as_csv(rows).encode()))
     whole_or_not(folder / NAMES[2], lambda file: draw(rows, file, title))
+    if with_vbench:
+        _write(folder, record | {"vbench": vbench.scores(study.videos_made(), folder / "vbench", device)})
     return rows
 
 
@@ -51,6 +50,10 @@ def read_results(path: Path) -> list[Json]:
     """Compute the rows of the table from the clips and attention calls in a `results.json`."""
     record = json.loads(path.read_text())
     return table(record["clips"], record["attention"])
+
+
+def _write(folder: Path, record: Json) -> None:
+    whole_or_not(folder / NAMES[0], lambda file: file.write((json.dumps(record, indent=1) + "\n").encode()))
 
 
 def _plain(row: Json) -> Json:

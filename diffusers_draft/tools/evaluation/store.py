@@ -37,7 +37,7 @@ class Store:
         for name in FOLDERS:
             (folder / name).mkdir(parents=True, exist_ok=True)
         known = self._read("study")
-        if known is None:
+        if known is None or not self._has_results():
             self._write("study", self.facts)
         elif known != self.facts:
             changed = sorted(key for key in known | self.facts if known.get(key) != self.facts.get(key))
@@ -45,6 +45,9 @@ class Store:
                 f"{folder} holds results with {', '.join(f'{key} {known.get(key)!r}' for key in changed)}; now it is "
                 f"{', '.join(repr(self.facts.get(key)) for key in changed)}. Choose another folder."
             )
+
+    def _has_results(self) -> bool:
+        return any(path.name[0] != "." for name in FOLDERS for path in (self.folder / name).iterdir())
 
     def clip(self, prompt: str, seed: int, setting: Setting | None) -> Json | None:
         """Read the record of a finished clip; return None if there is none."""
@@ -66,8 +69,11 @@ class Store:
 
     def dense_frames(self, prompt: str, seed: int) -> np.ndarray | None:
         """Read the frames of the dense run, `(F, H, W, 3)` uint8; return None if there are none."""
-        path = self._dense(prompt, seed)
-        return np.load(path)["frames"] if path.exists() else None
+        return np.load(self._dense(prompt, seed))["frames"] if self.has_dense_frames(prompt, seed) else None
+
+    def has_dense_frames(self, prompt: str, seed: int) -> bool:
+        """Return True if there are frames of the dense run."""
+        return self._dense(prompt, seed).exists()
 
     def save_dense_frames(self, prompt: str, seed: int, frames: np.ndarray) -> None:
         """Write the frames of the dense run, which other clips are compared with."""

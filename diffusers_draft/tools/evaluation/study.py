@@ -5,6 +5,7 @@ import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -96,6 +97,14 @@ class Study:
         ]
         return [{"prompt": p, "setting": setting.name, "calls": calls} for p, setting, calls in found if calls]
 
+    def videos_made(self) -> dict[str, list[Path]]:
+        """List the mp4 files of every setting, and of `"dense"`."""
+        clips = [(prompt, seed) for prompt in self.prompts for seed in self.seeds]
+        return {
+            setting.name if setting else "dense": [self.store.video(*clip, setting) for clip in clips]
+            for setting in self._all
+        }
+
     @property
     def _all(self) -> list[Setting | None]:
         return [None, *self.settings]
@@ -113,7 +122,10 @@ class Study:
         record = self.store.clip(prompt, seed, setting)
         if record is None or (self.videos and not self.store.video(prompt, seed, setting).exists()):
             return False
-        return setting is None or set(self.metrics.keys()) <= record.keys()
+        if setting is None:  # what is left to do is compared with it
+            compared = all(self._is_done(prompt, seed, other) for other in self.settings)
+            return compared or self.store.has_dense_frames(prompt, seed)
+        return set(self.metrics.keys()) <= record.keys()
 
     def _make(self, prompt: str, seed: int, setting: Setting | None, handle: DraftHandle | None, warm: bool) -> None:
         """Generate one clip, compare it with the dense one and store the results."""
@@ -168,15 +180,15 @@ def work(before: DraftReport | None, after: DraftReport) -> Json:
         after: the report behind it.
     """
     total = computed = 0.0
-    densities = []
+    calls, kept = 0, 0.0
     for number, new in enumerate(after.transformers):
         old = before.transformers[number] if before else None
         sparse = new.sparse_calls - (old.sparse_calls if old else 0)
         dense = sum(new.dense_calls.values()) - (sum(old.dense_calls.values()) if old else 0)
         density = 1.0 if new.density is None else new.density
         exact_rows = min(1.0, new.config.probes / math.prod(new.grid)) if new.grid else 0.0
-        densities += [density] * (sparse > 0)
+        calls += sparse
+        kept += sparse * density
         total += sparse + dense
         computed += dense + sparse * min(1.0, density + exact_rows)
-    density = sum(densities) / len(densities) if densities else 1.0
-    return {"density": density, "computed": computed / total if total else 1.0}
+    return {"density": kept / calls if calls else 1.0, "computed": computed / total if total else 1.0}

@@ -1,6 +1,7 @@
 """VBench's scores of a study's clips, if VBench is installed."""
 
 import json
+import shutil
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -26,20 +27,32 @@ def check_installed() -> None:
         )
 
 
-def score(videos: Path, output: Path, device: torch.device) -> dict[str, float]:
-    """Score a folder of mp4 files with VBench.
+def scores(videos: dict[str, list[Path]], folder: Path, device: torch.device) -> dict[str, dict[str, float]]:
+    """Score mp4 files with VBench.
 
     Args:
-        videos: the folder.
-        output: the folder for VBench's own files.
+        videos: the files of each setting.
+        folder: for VBench's own files, and for links to those that it shall score.
         device: the device of its models.
 
     Returns:
-        The mean of each dimension.
+        The mean of each dimension, by setting.
     """
+    found = {}
+    for name, paths in videos.items():
+        linked = folder / name / "clips"
+        shutil.rmtree(linked, ignore_errors=True)
+        linked.mkdir(parents=True)
+        for path in paths:
+            (linked / path.name).symlink_to(path.resolve())
+        found[name] = _score(linked, folder / name, device)
+    return found
+
+
+def _score(videos: Path, output: Path, device: torch.device) -> dict[str, float]:
+    """Score all files of a folder; return the mean of each dimension."""
     from vbench import VBench
 
-    output.mkdir(parents=True, exist_ok=True)
     result = output / "clips_eval_results.json"
     # The second argument, the list of VBench's own prompts, is not needed for videos of other prompts.
     VBench(device, "", str(output)).evaluate(

@@ -1,9 +1,33 @@
 """Atomic writing of files."""
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
+
+
+@contextmanager
+def replacing(path: Path, *, keep: bool = True) -> Iterator[Path]:
+    """Write a file atomically: after a crash it is complete, or as it was before. A link stays one.
+
+    Args:
+        path: the file.
+        keep: False only tries it.
+
+    Yields:
+        A path in the same folder with the same ending, to write to.
+    """
+    place = path.resolve()
+    part = place.with_name(f".{place.stem}.part{place.suffix}")
+    try:
+        yield part
+        with part.open("rb+") as written:
+            os.fsync(written.fileno())
+        if keep:
+            part.replace(place)
+    finally:
+        part.unlink(missing_ok=True)
 
 
 def whole_or_not(path: Path, write: Callable[[Any], object]) -> None:
@@ -16,14 +40,8 @@ def whole_or_not(path: Path, write: Callable[[Any], object]) -> None:
     Raises:
         OSError: if the file cannot be written; a file that existed before is unchanged.
     """
-    part = path.with_name(f".{path.name}.part")
     try:
-        with part.open("wb") as file:
+        with replacing(path) as part, part.open("wb") as file:
             write(file)
-            file.flush()
-            os.fsync(file.fileno())
-        part.replace(path)
     except OSError as error:
         raise OSError(f"{path} could not be written: {error.strerror or error}") from error
-    finally:
-        part.unlink(missing_ok=True)

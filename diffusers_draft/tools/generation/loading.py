@@ -110,6 +110,8 @@ def load(model: Model, *, with_image: bool = False, prepare: Callable[[Any], Non
     dtype = dtype_of(model)
     index = _index(model.name)
     chosen = pipeline_class(index, with_image)
+    if model.compile:
+        _check_compiles(index)
     exact = [name for name, entry in index.items() if isinstance(entry, list) and entry[1] in FLOAT32_COMPONENTS]
     dtypes = {"default": dtype} | dict.fromkeys(exact, torch.float32)
     pipe = from_pretrained(chosen, model.name, dtypes)
@@ -155,6 +157,14 @@ def pipeline_class(index: dict[str, Any], with_image: bool) -> Any:
     if not with_image and "image" in _needed(name):
         raise ValueError(f"{name} makes a video from an image and needs one.")
     return getattr(diffusers, name)
+
+
+def _check_compiles(index: dict[str, Any]) -> None:
+    """Raise ValueError for a transformer of which diffusers does not say what to compile."""
+    for entry in index.values():
+        found: Any = getattr(diffusers, str(entry[1]), None) if isinstance(entry, list) else None
+        if "Transformer" in getattr(found, "__name__", "") and not found._repeated_blocks:
+            raise ValueError(f"diffusers compiles no repeated blocks of a {found.__name__}. Leave --compile out.")
 
 
 def _index(name: str) -> dict[str, Any]:

@@ -60,15 +60,14 @@ def run(pipe: Any, arguments: dict[str, Any]) -> Clip:
     starts: list[float] = []
     ends: list[float] = []
 
-    def end(*_: Any) -> None:
-        if torch.accelerator.is_available():
-            torch.accelerator.synchronize()
-        ends.append(time.perf_counter())
+    def start(*_: Any) -> None:
+        if not starts:
+            starts.append(_now())
 
     hooks = []
     for transformer in transformers(pipe):
-        hooks.append(transformer.register_forward_pre_hook(lambda *_: starts.append(time.perf_counter())))
-        hooks.append(transformer.register_forward_hook(end))
+        hooks.append(transformer.register_forward_pre_hook(start))
+        hooks.append(transformer.register_forward_hook(lambda *_: ends.append(_now())))
     begin = time.perf_counter()
     try:
         video = pipe(**arguments, output_type="np").frames[0]
@@ -79,3 +78,10 @@ def run(pipe: Any, arguments: dict[str, Any]) -> Clip:
         raise ValueError("The video holds values that are not finite. Try another dtype.")
     seconds = time.perf_counter() - begin
     return Clip((video * 255).round().astype(np.uint8), ends[-1] - starts[0], seconds)
+
+
+def _now() -> float:
+    """Read the clock once the device has done what it was given."""
+    if torch.accelerator.is_available():
+        torch.accelerator.synchronize()
+    return time.perf_counter()

@@ -9,6 +9,8 @@ import imageio
 import imageio_ffmpeg
 import numpy as np
 
+from .files import replacing
+
 
 def check_writable(path: Path, fps: float) -> None:
     """Check that a video can be written later, by encoding a tiny one in the same folder at the same frame rate.
@@ -22,7 +24,7 @@ def check_writable(path: Path, fps: float) -> None:
     if path.is_dir():
         raise IsADirectoryError(f"{path} is a folder.")
     path.parent.mkdir(parents=True, exist_ok=True)
-    trial = path.with_name(f".{path.stem}.trial.mp4")
+    trial = path.resolve().with_name(f".{path.stem}.trial.mp4")
     write_video(np.zeros((1, 32, 32, 3), np.uint8), trial, fps)
     trial.unlink()
 
@@ -33,17 +35,14 @@ def write_video(frames: np.ndarray, path: Path, fps: float) -> None:
     Raises:
         OSError: if ffmpeg fails, for example on a full disk.
     """
-    part = path.with_name(f".{path.stem}.part.mp4")
     try:
-        _encode(frames, part, fps)
-        part.replace(path)
+        with replacing(path) as part:
+            _encode(frames, part, fps)
     except (OSError, RuntimeError, subprocess.SubprocessError) as error:
         reason = str(error).strip().partition("\n")[0].rstrip(":")
         raise OSError(
             f"ffmpeg could not write a video in {path.parent} ({reason}). Is the disk full, is imageio-ffmpeg whole?"
         ) from error
-    finally:
-        part.unlink(missing_ok=True)
 
 
 def _encode(frames: np.ndarray, path: Path, fps: float) -> None:
@@ -77,8 +76,5 @@ def keep_frames(frames: np.ndarray, path: Path) -> Path:
 
 
 def _save(frames: np.ndarray, path: Path) -> None:
-    try:
-        np.savez_compressed(path, frames=frames)
-    except BaseException:
-        path.unlink(missing_ok=True)
-        raise
+    with replacing(path) as part:
+        np.savez_compressed(part, frames=frames)
