@@ -32,7 +32,7 @@ WITH_BACKWARD = ("reference", "torch")
 """Backends that gradients flow through. The others would cut the graph without a word."""
 
 PACKAGES = {
-    "triton": "triton 3.5 or later, which comes with torch for Linux",
+    "triton": "triton 3.4 or later, which comes with torch for Linux",
     "fa4": "flash-attn-4: pip install 'diffusers-draft[fa4]'",
     "block_sparse_attn": "block_sparse_attn 0.0.2 or later, built from github.com/mit-han-lab/Block-Sparse-Attention",
 }
