@@ -492,7 +492,9 @@ def test_work_of_two_experts_counts_each_by_its_calls():
     """As of Wan 2.2: 12 steps of the denser one, 28 of the other, 3 layers in each."""
     report = enable_draft_attention(models.wan(), 0.5, probes=0).report().transformers[0]
     experts = [
-        dataclasses.replace(report, run=(types.SimpleNamespace(density=density),), sparse_calls=3 * steps, dense_calls={})
+        dataclasses.replace(
+            report, run=(types.SimpleNamespace(density=density),), sparse_calls=3 * steps, dense_calls={}
+        )
         for density, steps in ((0.45, 12), (0.09, 28))
     ]
     found = work(None, DraftReport(tuple(experts)))

@@ -50,7 +50,7 @@ def measure_attention(
         (relative, of the video tokens' output), `kept` and `oracle` (shares of the video queries' attention mass).
 
     Raises:
-        ValueError: if the video has fewer tokens than a block.
+        ValueError: if the video has fewer tokens than a block, or nothing tells the steps of the run.
     """
     with enable_draft_attention(pipe, 0, dense_steps=0, dense_layers=()) as handle:
         layers = {report.component: list(report.densities) for report in handle.report().transformers}
@@ -88,7 +88,8 @@ class _Watch:
 
         def note(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
             moment = clock.at(inputs_of(module, args, kwargs)["timestep"])
-            assert moment is not None, "a pipeline runs"
+            if moment is None:
+                raise ValueError("Nothing tells the steps of this pipeline's run: its attention cannot be measured.")
             self.component, self.step, self.steps = component, moment.step, len(moment.timesteps)
             self.forwards[self.step] += 1
 
