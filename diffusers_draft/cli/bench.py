@@ -19,7 +19,7 @@ from ..tools.bench.pictures import FORMATS, plot, plot_error
 from ..tools.bench.reference import Case
 from ..tools.bench.rival import run_rival
 from ..tools.bench.shapes import SHAPES, Shape, random_inputs, structured_inputs
-from ..tools.bench.table import format_table
+from ..tools.bench.table import table_lines
 from . import CommandError, one_line
 from .bench_model import add_model, add_run
 from .option_types import device, seconds, seed, whole
@@ -81,9 +81,10 @@ def run_attention(args: argparse.Namespace) -> None:
     kind = "random" if args.random else "structured, smooth-valued"
     print(f"{name}: {shape}, {shape.seq_len:,} tokens, {dtype}, {kind} inputs")
     inputs = (random_inputs if args.random else structured_inputs)(shape, args.device, dtype, args.seed)
+    rows: list[Row] = []
     with one_line(torch.OutOfMemoryError), torch.inference_mode():
-        rows = list(_rows(args, Case(shape, inputs, args.seconds), methods))
-    print(format_table(rows, shape))
+        for line in table_lines(_kept(_rows(args, Case(shape, inputs, args.seconds), methods), rows), shape):
+            print(line, flush=True)
     if args.json:
         record: dict[str, Any] = {"environment": facts, "name": name, "shape": vars(shape), "dtype": str(dtype)}
         record |= {"tile": methods[0].tile, "inputs": kind, "rows": [asdict(row) for row in rows]}
@@ -124,6 +125,12 @@ def _shape(args: argparse.Namespace) -> tuple[str, Shape]:
         raise CommandError(f"{', '.join(map(_option, given))}: only beside --grid. Every --shape has its own.")
     name = args.shape or ("cpu-10k" if args.device.type == "cpu" else "hunyuan-768p")
     return name, SHAPES[name]
+
+
+def _kept(rows: Iterator[Row], into: list[Row]) -> Iterator[Row]:
+    for row in rows:
+        into.append(row)
+        yield row
 
 
 def _option(name: str) -> str:

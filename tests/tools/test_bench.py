@@ -2,7 +2,7 @@
 
 import json
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import asdict
 from pathlib import Path
 from time import sleep
@@ -27,7 +27,7 @@ from diffusers_draft.tools.bench.pictures import plot, plot_error
 from diffusers_draft.tools.bench.reference import Case, relative_error
 from diffusers_draft.tools.bench.rival import run_rival
 from diffusers_draft.tools.bench.shapes import Shape, random_inputs, structured_inputs
-from diffusers_draft.tools.bench.table import format_table
+from diffusers_draft.tools.bench.table import table_lines
 
 TINY = ["bench", "attention", "--grid", "3", "13", "17", "--heads", "2", "--head-dim", "32", "--text", "20"]
 SHAPE = Shape((3, 13, 17), 2, 32, text=20)
@@ -149,12 +149,26 @@ def test_a_wrong_result_is_not_timed(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(kernels, "choose", choose)
     draft = next(iter(run_draft(a_case(), 0.5, Method(), ["torch"])))
     assert draft.time is None and draft.note == "wrong numbers, not timed"
-    assert "wrong numbers, not timed" in format_table([draft], SHAPE)
+    assert "wrong numbers, not timed" in "\n".join(table_lines([draft], SHAPE))
 
 
 def test_a_backend_that_cannot_run_says_why() -> None:
     draft = next(iter(run_draft(a_case(), 0.5, Method(), ["fa4"])))
     assert draft.time is None and "fa4" in draft.note
+
+
+def test_rows_are_shown_as_they_come() -> None:
+    def measured() -> Iterator[Row]:
+        yield from run_dense(a_case())
+        yield from run_draft(a_case(), 0.5, Method(), ["torch"])
+        raise torch.OutOfMemoryError
+
+    shown = []
+    with pytest.raises(torch.OutOfMemoryError):
+        for line in table_lines(measured(), SHAPE):
+            shown.append(line.split())
+    assert [line[0] for line in shown[1:4]] == ["dense", "diffusers", "sdpa"]
+    assert shown[4][:2] == ["sparsity", "0.5,"] and shown[5][0] == "torch" and any("x" in cell for cell in shown[5])
 
 
 def test_dense_rows_are_right() -> None:
@@ -305,7 +319,7 @@ def test_a_rival_that_fails_says_why(monkeypatch: pytest.MonkeyPatch) -> None:
     install_rival(monkeypatch, broken)
     (row,) = run_rival(rival_case(), 0.5)
     assert (row.kind, row.time, row.note) == ("rival", None, "unexpected keyword")
-    assert "unexpected keyword" in format_table([row], SHAPE)
+    assert "unexpected keyword" in "\n".join(table_lines([row], SHAPE))
 
 
 def test_a_rival_that_cannot_take_the_tensors_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
