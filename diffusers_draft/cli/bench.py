@@ -81,9 +81,10 @@ def run_attention(args: argparse.Namespace) -> None:
     kind = "random" if args.random else "structured, smooth-valued"
     print(f"{name}: {shape}, {shape.seq_len:,} tokens, {dtype}, {kind} inputs")
     inputs = (random_inputs if args.random else structured_inputs)(shape, args.device, dtype, args.seed)
-    rows: list[Row] = []
+    case = Case(shape, inputs, args.seconds)
     with one_line(torch.OutOfMemoryError), torch.inference_mode():
-        for line in table_lines(_kept(_rows(args, Case(shape, inputs, args.seconds), methods), rows), shape):
+        rows = list(run_dense(case))
+        for line in table_lines([*rows], _kept(_sparse_rows(args, case, methods), rows), shape):
             print(line, flush=True)
     if args.json:
         record: dict[str, Any] = {"environment": facts, "name": name, "shape": vars(shape), "dtype": str(dtype)}
@@ -137,10 +138,9 @@ def _option(name: str) -> str:
     return f"--{name.replace('_', '-')}"
 
 
-def _rows(args: argparse.Namespace, case: Case, methods: list[Method]) -> Iterator[Row]:
-    """Measure everything; the rival last, as a kernel that fails can leave the device unusable."""
+def _sparse_rows(args: argparse.Namespace, case: Case, methods: list[Method]) -> Iterator[Row]:
+    """Measure all but dense attention; the rival last, as a kernel that fails can leave the device unusable."""
     backends = args.backend or [backend for backend in kernels.BACKENDS if backend != "reference"]
-    yield from run_dense(case)
     for sparsity in args.sparsity:
         for method in methods:
             yield from run_draft(case, sparsity, method, backends)

@@ -68,7 +68,7 @@ def test_too_little_memory_is_one_line(what: str, monkeypatch: pytest.MonkeyPatc
     monkeypatch.setattr(bench_model, "_check", lambda *_: None)
     monkeypatch.setattr(bench_model, "_check_backend", lambda *_: None)
     monkeypatch.setattr(bench_model, "environment", lambda _: {})
-    for module, name in ((bench_model, "_run_model"), (bench_model, "_runs"), (bench, "_rows")):
+    for module, name in ((bench_model, "_run_model"), (bench_model, "_runs"), (bench, "_sparse_rows")):
         monkeypatch.setattr(module, name, full)
     with pytest.raises(SystemExit) as stop:
         main(["bench", what])

@@ -7,27 +7,22 @@ from .attention import PAPER, Row
 from .shapes import Shape
 
 
-def best_dense(rows: Iterable[Row]) -> tuple[str, float] | None:
+def best_dense(rows: list[Row]) -> tuple[str, float] | None:
     """Find the fastest dense baseline, the reference of every speed-up; return its name and milliseconds."""
     timed = [(row.name, row.time.median) for row in rows if row.kind == "dense" and row.time]
     return min(timed, key=lambda pair: pair[1], default=None)
 
 
-def table_lines(rows: Iterable[Row], shape: Shape) -> Iterator[str]:
-    """Write lines as rows come, with ratios to the best dense time of the same run: dense rows are the first."""
+def table_lines(dense: list[Row], others: Iterable[Row], shape: Shape) -> Iterator[str]:
+    """Write one line for each row as it comes, with ratios to the best dense time of the same run."""
+    best, title = best_dense(dense), ""
     head = f"{'':34s} {'ms':>9s} {'quartiles':>19s} {'TFLOP/s':>8s} {'speed-up':>9s} {'of ideal':>9s} {'error':>8s}"
     yield f"{head} {'vs dense':>8s}"
-    best, title = None, ""
-    for is_dense, group in itertools.groupby(rows, key=lambda row: row.kind == "dense"):
-        some: Iterable[Row] = group
-        if is_dense:
-            some = list(group)
-            best = best_dense(some)
-        for row in some:
-            if row.kind != "stage" and _title(row) != title:
-                title = _title(row)
-                yield title
-            yield f"  {row.name:32s} {row.note or _numbers(row, shape, best)}"
+    for row in itertools.chain(dense, others):
+        if row.kind != "stage" and _title(row) != title:
+            title = _title(row)
+            yield title
+        yield f"  {row.name:32s} {row.note or _numbers(row, shape, best)}"
 
 
 def _title(row: Row) -> str:
