@@ -73,15 +73,4 @@ def _run(parser: argparse.ArgumentParser, argv: list[str]) -> None:
     for name in argv[:1] if argv[:1] and argv[0] in SUBCOMMANDS else SUBCOMMANDS:
         importlib.import_module(f".{SUBCOMMANDS[name]}", __name__).add_parser(subparsers)
     args = parser.parse_args(argv)
-    if not hasattr(args, "ulysses"):
-        _check_alone(argv[0])
     args.run(args)
-
-
-def _check_alone(command: str) -> None:
-    """Refuse to run a command in several processes, which would write the same files."""
-    from .ranks import world_size
-
-    size = world_size()
-    if size > 1:
-        raise CommandError(f"{command} runs in one process, and was started in {size}. Start it without torchrun.")

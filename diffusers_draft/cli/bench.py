@@ -24,6 +24,7 @@ from . import CommandError, one_line
 from .bench_model import add_model, add_run
 from .option_types import device, seconds, seed, whole
 from .outputs import check_output, check_picture, write_output
+from .ranks import check_alone
 
 SIZES = {"heads": (1, 24), "head_dim": (1, 128), "text": (0, 0), "batch": (1, 1)}
 """Of an attention call whose grid is given: the least and the default of each."""
@@ -71,6 +72,7 @@ def run_attention(args: argparse.Namespace) -> None:
     Raises:
         CommandError: for an option that is out of range, or a file that cannot be written.
     """
+    check_alone("bench attention")
     methods = _methods(args)
     _check_outputs(args)
     on_cpu = args.device.type == "cpu"
@@ -80,7 +82,8 @@ def run_attention(args: argparse.Namespace) -> None:
     print(", ".join(f"{key} {value}" for key, value in facts.items()))
     kind = "random" if args.random else "structured, smooth-valued"
     print(f"{name}: {shape}, {shape.seq_len:,} tokens, {dtype}, {kind} inputs")
-    inputs = (random_inputs if args.random else structured_inputs)(shape, args.device, dtype, args.seed)
+    with one_line(RuntimeError):  # too little memory; on a CPU it has no type of its own
+        inputs = (random_inputs if args.random else structured_inputs)(shape, args.device, dtype, args.seed)
     case = Case(shape, inputs, args.seconds)
     with one_line(torch.OutOfMemoryError), torch.inference_mode():
         rows = list(run_dense(case))

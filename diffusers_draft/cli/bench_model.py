@@ -22,7 +22,7 @@ from .backends import check_runs
 from .option_types import seconds, whole
 from .outputs import check_output, write_output
 from .packages import check_packages
-from .ranks import Ranks, add_ulysses, together
+from .ranks import Ranks, add_ulysses, check_alone, together
 
 DEFAULT = "default: %(default)s"
 DEVICE = torch.device("cuda")
@@ -96,6 +96,7 @@ def run_runs(args: argparse.Namespace) -> None:
     Raises:
         CommandError: if a package or a CUDA GPU is missing, an option is out of range, or the backend cannot run here.
     """
+    check_alone("bench run")
     check_packages("generate", "transformers")
     timed = args.steps if args.dense_steps is None else args.dense_steps
     _check(args, "run")

@@ -11,6 +11,7 @@ from . import CommandError, one_line
 from .option_types import seed, whole
 from .outputs import check_output, write_output
 from .packages import check_packages
+from .ranks import check_alone
 
 FPS = 8
 VIDEO = "dense-and-draft.mp4"
@@ -49,6 +50,7 @@ def run(args: argparse.Namespace) -> None:
     Raises:
         CommandError: for arguments out of range, a missing package or a folder that cannot be written.
     """
+    check_alone("demo")
     config = _checked_config(args)
     check_packages("demo", "imageio", "imageio_ffmpeg", "transformers", "ftfy", "matplotlib", "torchmetrics")
     from ..tools.demo import model, pictures

@@ -14,6 +14,7 @@ from .model_options import CALL, add_model_options, call, check_backend, image, 
 from .option_types import seed, whole
 from .outputs import check_output
 from .packages import check_packages
+from .ranks import check_alone
 
 LISTS = {
     "sparsity": "for example 0.5 0.75 0.9",
@@ -70,6 +71,7 @@ def run(args: argparse.Namespace) -> None:
         CommandError: for a file that cannot be read, an option that is wrong, a missing package or a full disk.
             Results that were finished before stay.
     """
+    check_alone("eval")
     check_packages("eval", "imageio", "imageio_ffmpeg", "transformers", "ftfy", "matplotlib", "torchmetrics", "tqdm")
     from ..tools.evaluation import Store, Study, read_prompts
     from ..tools.evaluation.attention import Samples

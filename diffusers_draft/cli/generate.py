@@ -96,10 +96,12 @@ def _run(args: argparse.Namespace, ranks: Ranks) -> None:
         arguments = call_arguments(pipe, prompt=args.prompt, seed=args.seed, image=start, **call(args))
         handle = None if args.dense else enable_draft_attention(pipe, config=config)
         clip = run_pipeline(pipe, arguments)
-    if ranks.first:
-        _write(clip.frames, args.output, args.fps)
-    print(handle.report() if handle else "dense: draft attention was left out")
-    print(f"Denoising took {clip.denoising_seconds:.1f} s, the whole call {clip.seconds:.1f} s.")
+    try:
+        if ranks.first:
+            _write(clip.frames, args.output, args.fps)
+    finally:
+        print(handle.report() if handle else "dense: draft attention was left out")
+        print(f"Denoising took {clip.denoising_seconds:.1f} s, the whole call {clip.seconds:.1f} s.")
     print(f"Wrote {args.output}.")
 
 

@@ -72,6 +72,17 @@ def world_size() -> int:
     return int(os.environ.get("WORLD_SIZE", 1)) if told else 1
 
 
+def check_alone(command: str) -> None:
+    """Refuse to run a command in several processes, which would write the same files and slow each other down.
+
+    Raises:
+        CommandError: if there are several.
+    """
+    size = world_size()
+    if size > 1:
+        raise CommandError(f"{command} runs in one process, and was started in {size}. Start it without torchrun.")
+
+
 @contextlib.contextmanager
 def together(ulysses: int) -> Iterator[Ranks]:
     """Join the process group of the command; ranks other than the first print nothing but errors.

@@ -7,6 +7,7 @@ from dataclasses import asdict
 from pathlib import Path
 from time import sleep
 from types import ModuleType
+from typing import Any
 
 import pytest
 import speed_records
@@ -18,7 +19,7 @@ from torch import Tensor
 
 from diffusers_draft.attention import kernels
 from diffusers_draft.attention.method import Method
-from diffusers_draft.cli import bench, main, outputs
+from diffusers_draft.cli import bench, main, option_types, outputs
 from diffusers_draft.config import DraftConfig
 from diffusers_draft.tools.bench import step
 from diffusers_draft.tools.bench.attention import Row, run_dense, run_draft
@@ -60,6 +61,8 @@ def test_bench_attention_writes_table_json_and_pictures(tmp_path: Path, capsys: 
         "sparsity 0.9, settings of the paper",
         "stage: draft and select",
         "vs dense",
+        "without correction",
+        "diffusers default",
     ):
         assert part in printed
     record = json.loads(table.read_text())
@@ -237,6 +240,24 @@ def test_user_errors_are_one_line(options, message, tmp_path, monkeypatch, capsy
     monkeypatch.chdir(tmp_path)
     assert message in fails(options, capsys)
     assert not any(tmp_path.iterdir())
+
+
+def test_the_device_that_is_asked_for_is_the_current_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    chosen: list[int] = []
+    monkeypatch.setattr(torch, "zeros", lambda *_, device: torch.ones(1))
+    monkeypatch.setattr(torch.accelerator, "set_device_index", chosen.append)
+    assert option_types.device("cuda:1") == torch.device("cuda", 1) and option_types.device("cpu").index is None
+    assert chosen == [1]
+
+
+def test_too_large_a_shape_is_one_line(monkeypatch: pytest.MonkeyPatch, capsys) -> None:
+    def full(*_: Any) -> Any:
+        raise RuntimeError("DefaultCPUAllocator: can't allocate memory")
+
+    monkeypatch.setattr(bench, "structured_inputs", full)
+    with pytest.raises(SystemExit):
+        main(TINY)
+    assert "error: DefaultCPUAllocator: can't allocate memory" in capsys.readouterr().err
 
 
 def test_sizes_are_those_of_the_shape_unless_a_grid_is_given(capsys: pytest.CaptureFixture[str]) -> None:

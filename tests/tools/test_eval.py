@@ -349,9 +349,11 @@ def test_folder_of_another_machine_is_refused(folder, done, monkeypatch, capsys)
 
 def test_folder_of_a_refused_try_is_free_for_the_next(folder, tmp_path, capsys):
     assert "divisible by 16" in fails(arguments(folder, tmp_path, "--sparsity", "0.5", "--height", "100"), capsys)
+    (tmp_path / "dense" / "of-a-clip-that-was-never-finished.npz").touch()
+    (tmp_path / "clips" / ".half.part.json").touch()
     small = ["--height", "64", "--width", "64", "--steps", "1", "--no-videos"]
     assert main(arguments(folder, tmp_path, "--sparsity", "0.5", *TILE, *small, "--seeds", 3, 3)) == 0
-    assert len(list((tmp_path / "clips").iterdir())) == 2 * 3, "a seed given twice counts once"
+    assert len(list((tmp_path / "clips").glob("[!.]*"))) == 2 * 3, "a seed given twice counts once"
 
 
 @pytest.mark.parametrize("package", ["torchmetrics", "matplotlib"])
@@ -390,10 +392,13 @@ def test_vbench_scores_the_videos_of_every_setting(folder, done, tmp_path, monke
 
     (tmp_path / "videos" / "dense" / "of-an-earlier-list.mp4").touch()
     monkeypatch.setattr(VBench, "evaluate", fails_to_load)
-    (tmp_path / "results.json").unlink()
-    with pytest.raises(KeyError):
-        main(arguments(folder, tmp_path, "--sparsity", "0.5", "--vbench"))
-    assert len(json.loads((tmp_path / "results.json").read_text())["clips"]) == 6, "the clips' own numbers are kept"
+    for before in (scores, None):
+        if before is None:
+            (tmp_path / "results.json").unlink()
+        with pytest.raises(KeyError):
+            main(arguments(folder, tmp_path, "--sparsity", "0.5", "--vbench"))
+        kept = json.loads((tmp_path / "results.json").read_text())
+        assert len(kept["clips"]) == 6 and kept.get("vbench") == before
     assert len(list((tmp_path / "vbench" / "dense" / "clips").iterdir())) == 3, "only this study's are scored"
 
 

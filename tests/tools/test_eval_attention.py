@@ -6,13 +6,16 @@ import models
 import oracle
 import pytest
 import torch
+from diffusers import WanVideoToVideoPipeline
 from hypothesis import given
 from hypothesis import strategies as st
 from paper import PAPER
+from PIL import Image
 
 from diffusers_draft import DraftConfig
 from diffusers_draft.attention.call import Call
 from diffusers_draft.cli import main
+from diffusers_draft.patching.clock import Clock
 from diffusers_draft.tools.evaluation import attention, mass
 from diffusers_draft.tools.evaluation.attention import Samples, measure_attention, measure_call, spread
 from diffusers_draft.tools.evaluation.mass import block_mass
@@ -267,6 +270,22 @@ def test_measures_of_a_whole_run():
         assert entry["error"] < 1e-5 and entry["kept"] == entry["oracle"] == pytest.approx(1)
     for entry in found[setting]:
         assert 0 < entry["kept"] <= entry["oracle"] + 1e-6 < 1 and entry["error"] > 1e-2
+
+
+def test_steps_are_those_of_a_run_that_begins_in_the_middle():
+    components = models.wan_pipeline().components
+    names = ("tokenizer", "text_encoder", "vae", "scheduler", "transformer")
+    pipe = WanVideoToVideoPipeline(**{name: components[name] for name in names})
+    arguments = dict(video=[Image.new("RGB", (128, 256))] * 5, height=256, width=128)
+    arguments |= dict(prompt_embeds=torch.zeros(1, 7, 8), num_inference_steps=10, strength=0.3, guidance_scale=1.0)
+    found = measure_attention(pipe, arguments, [Setting()], Samples(layers=1, steps=9, heads=1), 0)
+    assert [entry["step"] for entry in found[Setting()]] == [0, 1, 2]
+
+
+def test_a_run_whose_steps_nothing_tells_is_an_error(monkeypatch):
+    monkeypatch.setattr(Clock, "at", lambda clock, timestep: None)
+    with pytest.raises(ValueError, match="Nothing tells the steps of this pipeline's run"):
+        measure_attention(Recorder(models.wan_pipeline(), models.run_wan), {}, [Setting()], Samples(), 0)
 
 
 def test_video_of_less_than_a_block_is_an_error():

@@ -3,6 +3,7 @@
 import contextlib
 import inspect
 import json
+import os
 import re
 import sys
 from types import SimpleNamespace
@@ -405,7 +406,9 @@ def ffmpeg_fails_later(monkeypatch):
 
 def test_frames_are_kept_when_the_video_cannot_be_written(folder, tmp_path, capsys, ffmpeg_fails_later):
     generate("--model", folder / "wan", *SMALL, "--dense", "--output", tmp_path / "video.mp4", code=2)
-    line = one_line(capsys)
+    printed, error = capsys.readouterr()
+    assert "draft attention was left out" in printed and "Denoising took" in printed and "Wrote" not in printed
+    line = error.rstrip("\n").rpartition("\n")[2]
     assert "No space left on device" in line and str(tmp_path / "video.npz") in line
     assert [path.name for path in tmp_path.iterdir()] == ["video.npz"]
     kept = np.load(tmp_path / "video.npz")["frames"]
@@ -442,11 +445,24 @@ def test_a_report_that_fails_costs_no_video(folder, tmp_path, monkeypatch):
 
 
 def test_a_video_behind_a_link_is_written_there(tmp_path):
-    target, link = tmp_path / "target.mp4", tmp_path / "link.mp4"
-    link.symlink_to(target)
+    """Also in a folder of its own, under a name that says nothing of its kind."""
+    store, link = tmp_path / "store", tmp_path / "link.mp4"
+    store.mkdir()
+    link.symlink_to(store / "0a1b")
     video.check_writable(link, 16)
+    assert not any(store.iterdir())
     video.write_video(np.zeros((3, 32, 32, 3), np.uint8), link, 16)
-    assert link.is_symlink() and target.stat().st_size > 100
+    assert link.is_symlink() and imageio.v3.imread(link, extension=".mp4").shape == (3, 32, 32, 3)
+    assert [path.name for path in store.iterdir()] == ["0a1b"]
+
+
+@pytest.mark.skipif(os.geteuid() == 0, reason="root may write everywhere")
+def test_a_link_into_a_folder_that_cannot_be_written_is_found_in_advance(tmp_path):
+    store, link = tmp_path / "store", tmp_path / "link.mp4"
+    store.mkdir(mode=0o500)
+    link.symlink_to(store / "a.mp4")
+    with pytest.raises(OSError, match="Permission denied"):
+        video.check_writable(link, 16)
 
 
 def test_an_image_is_read_upright(tmp_path):

@@ -92,16 +92,19 @@ def _as_started_by_torchrun(size: int, monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setenv(name, str(value))
 
 
-@pytest.mark.parametrize("command", [["eval", "--model", "any", "--prompts", "any"], ["bench", "attention"], ["demo"]])
+@pytest.mark.parametrize(
+    ("name", "options"),
+    [("eval", ["--model", "any", "--prompts", "any"]), ("bench attention", []), ("bench run", []), ("demo", [])],
+)
 def test_commands_of_one_process_refuse_several(
-    command: list[str], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    name: str, options: list[str], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     _as_started_by_torchrun(2, monkeypatch)
     with pytest.raises(SystemExit) as stop:
-        main(command)
+        main([*name.split(), *options])
     assert stop.value.code == 2
     error = capsys.readouterr().err
-    assert f"{command[0]} runs in one process, and was started in 2. Start it without torchrun." in error
+    assert f"{name} runs in one process, and was started in 2. Start it without torchrun." in error
 
 
 def test_a_cluster_s_own_word_for_its_size_starts_no_processes(monkeypatch: pytest.MonkeyPatch, capsys) -> None:

@@ -90,7 +90,8 @@ class _Watch:
             moment = clock.at(inputs_of(module, args, kwargs)["timestep"])
             if moment is None:
                 raise ValueError("Nothing tells the steps of this pipeline's run: its attention cannot be measured.")
-            self.component, self.step, self.steps = component, moment.step, len(moment.timesteps)
+            self.component = component
+            self.step, self.steps = moment.step - moment.begin, len(moment.timesteps) - moment.begin
             self.forwards[self.step] += 1
 
         return note
@@ -104,7 +105,10 @@ class _Watch:
             q, k, v, dense = (tensor[:, :, heads] for tensor in (*call[:3], out))
             where = {"component": self.component, "layer": call.path, "step": self.step}
             for setting in self.settings:
-                found = measure_call(q, k, v, dense, call.geometry, call.kv_len, call.scale, setting, self.generator)
+                with torch.accelerator.device_index(q.device.index):  # on which kernels run
+                    found = measure_call(
+                        q, k, v, dense, call.geometry, call.kv_len, call.scale, setting, self.generator
+                    )
                 self.measured[setting] += [
                     where | {"head": head} | row for head, row in zip(heads, found, strict=True)
                 ]

@@ -38,7 +38,7 @@ def write_results(study: Study, device: torch.device, title: str, *, with_vbench
     rows = table(clips, attention)
     record = {"environment": environment(device), "facts": study.store.facts, "rows": [_plain(row) for row in rows]}
     record |= {"clips": clips, "attention": attention}
-    _write(folder, record)
+    _write(folder, record | (_scores_before(folder) if with_vbench else {}))
     whole_or_not(folder / NAMES[1], lambda file: file.write(as_csv(rows).encode()))
     whole_or_not(folder / NAMES[2], lambda file: draw(rows, file, title))
     if with_vbench:
@@ -50,6 +50,13 @@ def read_results(path: Path) -> list[Json]:
     """Compute the rows of the table from the clips and attention calls in a `results.json`."""
     record = json.loads(path.read_text())
     return table(record["clips"], record["attention"])
+
+
+def _scores_before(folder: Path) -> Json:
+    """Read VBench's scores of an earlier run, which stay if it fails in this one."""
+    path = folder / NAMES[0]
+    before = json.loads(path.read_text()) if path.exists() else {}
+    return {"vbench": before["vbench"]} if "vbench" in before else {}
 
 
 def _write(folder: Path, record: Json) -> None:

@@ -47,7 +47,7 @@ class Store:
             )
 
     def _has_results(self) -> bool:
-        return any(path.name[0] != "." for name in FOLDERS for path in (self.folder / name).iterdir())
+        return any(any((self.folder / name).glob("[!.]*.json")) for name in ("clips", "attention"))
 
     def clip(self, prompt: str, seed: int, setting: Setting | None) -> Json | None:
         """Read the record of a finished clip; return None if there is none."""

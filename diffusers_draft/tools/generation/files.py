@@ -19,7 +19,7 @@ def replacing(path: Path, *, keep: bool = True) -> Iterator[Path]:
         A path in the same folder with the same ending, to write to.
     """
     place = path.resolve()
-    part = place.with_name(f".{place.stem}.part{place.suffix}")
+    part = place.with_name(f".{place.stem}.part{path.suffix}")
     try:
         yield part
         with part.open("rb+") as written:

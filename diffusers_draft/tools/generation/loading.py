@@ -27,6 +27,8 @@ IMAGE_IS_NEEDED = (
     "Cosmos2VideoToWorldPipeline",
 )
 """Pipelines that make nothing from a text alone, although the image in their signature has a default."""
+NEEDS_VIDEO = ("LTX2DFRTemporalRefinePipeline",)
+"""Pipelines that refine a video, although it has a default in their signature."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -75,7 +77,8 @@ def _needed(name: str) -> set[str]:
     """List the arguments that a pipeline cannot do without."""
     parameters = list(call_parameters(getattr(diffusers, name)).values())[1:]  # but for self
     needed = {each.name for each in parameters if each.default is each.empty and each.kind is not each.VAR_KEYWORD}
-    return needed | ({"image"} if name in IMAGE_IS_NEEDED else set())
+    needed |= {"image"} if name in IMAGE_IS_NEEDED else set()
+    return needed | ({"video"} if name in NEEDS_VIDEO else set())
 
 
 def transformers(pipe: Any) -> list[Any]:
