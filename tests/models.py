@@ -20,6 +20,7 @@ from diffusers import (
     WanPipeline,
     WanTransformer3DModel,
     WanVACETransformer3DModel,
+    WanVideoToVideoPipeline,
 )
 from tiny import (
     FLOAT32_ERROR as FLOAT32_ERROR,
@@ -262,6 +263,14 @@ def wan_pipeline(
         transformer_2=transformer_2,
         boundary_ratio=boundary_ratio,
     )
+    pipe.set_progress_bar_config(disable=True)
+    return pipe
+
+
+def wan_video_to_video_pipeline() -> WanVideoToVideoPipeline:
+    components = wan_pipeline().components
+    names = ("tokenizer", "text_encoder", "vae", "scheduler", "transformer")
+    pipe = WanVideoToVideoPipeline(**{name: components[name] for name in names})
     pipe.set_progress_bar_config(disable=True)
     return pipe
 

@@ -22,7 +22,7 @@ from ..tools.bench.shapes import SHAPES, Shape, random_inputs, structured_inputs
 from ..tools.bench.table import table_lines
 from . import CommandError, one_line
 from .bench_model import add_model, add_run
-from .option_types import device, seconds, seed, whole
+from .option_types import DEFAULT, device, seconds, seed, whole
 from .outputs import check_output, check_picture, write_output
 from .ranks import check_alone
 
@@ -40,7 +40,7 @@ def add_parser(subparsers) -> None:
 
 
 def _add_attention(parser: argparse.ArgumentParser) -> None:
-    draft, default = DraftConfig, "default: %(default)s"
+    draft = DraftConfig
     shape = parser.add_mutually_exclusive_group()
     shape.add_argument("--shape", choices=sorted(SHAPES), help="default: cpu-10k on a CPU, hunyuan-768p on a GPU")
     shape.add_argument("--grid", type=int, nargs=3, metavar=("T", "Y", "X"), help="video tokens, instead of --shape")
@@ -50,16 +50,16 @@ def _add_attention(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--budget", nargs="+", choices=[*BUDGETS], default=[draft.budget], help=f"default: {draft.budget}"
     )
-    parser.add_argument("--tile", default=format_tile(draft.tile), help=f"tokens of a block ({default})")
+    parser.add_argument("--tile", default=format_tile(draft.tile), help=f"tokens of a block ({DEFAULT})")
     parser.add_argument("--paper", action="store_true", help="also the paper's settings at each sparsity")
     parser.add_argument("--backend", nargs="+", help="default: every backend but the reference")
     parser.add_argument(
         "--dtype", choices=["float32", "float16", "bfloat16"], help="default: float32 on a CPU, bfloat16 on a GPU"
     )
-    parser.add_argument("--device", type=device, default="cuda" if torch.cuda.is_available() else "cpu", help=default)
+    parser.add_argument("--device", type=device, default="cuda" if torch.cuda.is_available() else "cpu", help=DEFAULT)
     parser.add_argument("--random", action="store_true", help="Gaussian inputs instead of smooth fields with noise")
-    parser.add_argument("--seed", type=seed, default=0, help=default)
-    parser.add_argument("--seconds", type=seconds, default=1.0, help=f"least time to measure each row ({default})")
+    parser.add_argument("--seed", type=seed, default=0, help=DEFAULT)
+    parser.add_argument("--seconds", type=seconds, default=1.0, help=f"least time to measure each row ({DEFAULT})")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the results to this file")
     parser.add_argument("--plot", type=Path, metavar="FILE", help="draw time against sparsity to this file")
     parser.add_argument("--plot-error", type=Path, metavar="FILE", help="draw error against time to this file")

@@ -19,12 +19,11 @@ from ..tools.bench.run import Bench, Run
 from ..tools.bench.shapes import SHAPES
 from . import CommandError, one_line
 from .backends import check_runs
-from .option_types import seconds, whole
+from .option_types import DEFAULT, seconds, whole
 from .outputs import check_output, write_output
 from .packages import check_packages
 from .ranks import Ranks, add_ulysses, check_alone, together
 
-DEFAULT = "default: %(default)s"
 DEVICE = torch.device("cuda")
 SECONDS = 1.0
 """Least time to measure each forward from which `bench run` predicts its runs."""
@@ -170,8 +169,7 @@ def _run_model(args: argparse.Namespace, config: DraftConfig, ranks: Ranks) -> N
     facts = environment(DEVICE)
     print(", ".join(f"{key} {value}" for key, value in facts.items()))
     densities = densities_to_measure(args.model, config, args.steps)
-    how: dict[str, Any] = {"compiled": args.compile, "default": args.default}
-    how |= {"device": DEVICE, "seconds": args.seconds}
+    how: dict[str, Any] = dict(compiled=args.compile, default=args.default, device=DEVICE, seconds=args.seconds)
     steps = []
     for step in one_step.run(args.model, config, densities, **how, split=ranks.split if ranks.size > 1 else None):
         steps.append(step)

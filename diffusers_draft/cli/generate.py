@@ -12,7 +12,7 @@ from ..config import SPARSITY
 from ..schedules import SCHEDULES
 from . import CommandError, one_line
 from .model_options import add_model_options, call, check_backend, image, loaded
-from .option_types import seed, share
+from .option_types import DEFAULT, seed, share
 from .packages import check_packages
 from .ranks import Ranks, add_ulysses, together
 
@@ -28,22 +28,22 @@ def add_parser(subparsers: argparse._SubParsersAction) -> None:
     add_ulysses(parser)
     parser.add_argument("--prompt", required=True, help="what the video shall show")
     parser.add_argument("--seed", type=seed, default=0, help="of the noise (default: 0)")
-    draft, default = DraftConfig, "default: %(default)s"
+    draft = DraftConfig
     parser.add_argument(
         "--sparsity", type=float, help=f"mean share of the block pairs to skip (default: {SPARSITY:g})"
     )
     parser.add_argument("--max-error", type=float, metavar="X", help="the error to arrive at, instead of --sparsity")
-    parser.add_argument("--schedule", choices=[*SCHEDULES], default=draft.schedule, help=f"of the density ({default})")
-    parser.add_argument("--score", choices=[*SCORES], default=draft.score, help=f"{default}; the paper: mass")
+    parser.add_argument("--schedule", choices=[*SCHEDULES], default=draft.schedule, help=f"of the density ({DEFAULT})")
+    parser.add_argument("--score", choices=[*SCORES], default=draft.score, help=f"{DEFAULT}; the paper: mass")
     parser.add_argument(
         "--probes",
         type=int,
         default=draft.probes,
-        help=f"exact rows for the correction ({default}; the paper: 0)",
+        help=f"exact rows for the correction ({DEFAULT}; the paper: 0)",
     )
-    parser.add_argument("--budget", choices=[*BUDGETS], default=draft.budget, help=f"{default}; the paper: head")
+    parser.add_argument("--budget", choices=[*BUDGETS], default=draft.budget, help=f"{DEFAULT}; the paper: head")
     parser.add_argument(
-        "--tile", default=format_tile(draft.tile), help=f"tokens of a block ({default}; the paper: 8x16)"
+        "--tile", default=format_tile(draft.tile), help=f"tokens of a block ({DEFAULT}; the paper: 8x16)"
     )
     parser.add_argument(
         "--dense-steps",
@@ -51,7 +51,7 @@ def add_parser(subparsers: argparse._SubParsersAction) -> None:
         metavar="SHARE",
         help="of the run that stays dense (default: by the schedule)",
     )
-    parser.add_argument("--backend", default=draft.backend, help=f"what computes the sparse attention ({default})")
+    parser.add_argument("--backend", default=draft.backend, help=f"what computes the sparse attention ({DEFAULT})")
     parser.add_argument("--dense", action="store_true", help="leave draft attention out, to compare with")
     parser.add_argument("--output", type=Path, default=Path("out.mp4"), metavar="FILE", help="default: out.mp4")
     parser.set_defaults(run=run)

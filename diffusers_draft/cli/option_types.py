@@ -8,6 +8,9 @@ import torch
 
 from ..config import parse_share
 
+DEFAULT = "default: %(default)s"
+"""For help texts: argparse fills it in."""
+
 
 def whole(least: int) -> Callable[[str], int]:
     """Make a type of whole numbers from `least` on."""

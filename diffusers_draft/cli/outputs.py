@@ -1,6 +1,7 @@
 """Files that a command writes at its end: checked before the work starts, and complete or as they were."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 from ..tools.generation.files import replacing
@@ -22,7 +23,8 @@ def check_output(path: Path) -> None:
     if path.exists() and not path.is_file():
         raise CommandError(f"{path} cannot be written: it is not a file")
     if path.exists():
-        _try(path, lambda: path.open("ab").close())
+        with _writing(path):
+            path.open("ab").close()
     write_output(path, lambda part: part.write_bytes(TRIAL), keep=False)
 
 
@@ -49,16 +51,13 @@ def write_output(path: Path, write: Callable[[Path], object], *, keep: bool = Tr
     Raises:
         CommandError: if it cannot be written; what was at its place stays.
     """
-
-    def through_part() -> None:
-        with replacing(path, keep=keep) as part:
-            write(part)
-
-    _try(path, through_part)
+    with _writing(path), replacing(path, keep=keep) as part:
+        write(part)
 
 
-def _try(path: Path, action: Callable[[], None]) -> None:
+@contextmanager
+def _writing(path: Path) -> Iterator[None]:
     try:
-        action()
+        yield
     except OSError as error:
         raise CommandError(f"{path} cannot be written: {error.strerror or error}") from error

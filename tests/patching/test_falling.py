@@ -9,7 +9,7 @@ import diffusers
 import models
 import pytest
 import torch
-from diffusers import FlowMatchEulerDiscreteScheduler, WanVideoToVideoPipeline
+from diffusers import FlowMatchEulerDiscreteScheduler
 from hypothesis import example, given
 from hypothesis import strategies as st
 from models import RAGGED, TINY, Loop, run_hunyuan_video, run_wan
@@ -230,10 +230,7 @@ def test_measured_density_is_the_one_asked_for_up_to_whole_blocks(budget: str) -
 
 
 def test_video_to_video_begins_in_the_middle() -> None:
-    components = models.wan_pipeline().components
-    names = ("tokenizer", "text_encoder", "vae", "scheduler", "transformer")
-    pipe = WanVideoToVideoPipeline(**{name: components[name] for name in names})
-    pipe.set_progress_bar_config(disable=True)
+    pipe = models.wan_video_to_video_pipeline()
     handle = enable_draft_attention(pipe, 0.8)
     for _ in range(2):
         pipe(

@@ -16,7 +16,6 @@ from diffusers import (
     FlowMatchHeunDiscreteScheduler,
     PNDMScheduler,
     WanPipeline,
-    WanVideoToVideoPipeline,
 )
 from models import Loop, run_hunyuan_video, run_wan
 from paper import enable_draft_attention
@@ -201,11 +200,7 @@ def test_run_that_begins_late(options: dict[str, float], dense: int) -> None:
 @pytest.mark.parametrize(("options", "dense"), [({}, 0), (dict(dense_steps=0.5), 2), (dict(dense_timestep=600), 2)])
 def test_wan_video_to_video(options: dict[str, float], dense: int) -> None:
     """This pipeline runs the last timesteps of the scheduler and never sets a begin index."""
-    components = models.wan_pipeline().components
-    pipe = WanVideoToVideoPipeline(
-        **{name: components[name] for name in ("tokenizer", "text_encoder", "vae", "scheduler", "transformer")}
-    )
-    pipe.set_progress_bar_config(disable=True)
+    pipe = models.wan_video_to_video_pipeline()
     handle = enable_draft_attention(pipe, **options)
     seen = watch(handle, pipe.transformer)
     pipe(

@@ -109,25 +109,29 @@ def test_a_record_has_the_command_that_a_reader_can_type(started: str, expected:
     assert environment(torch.device("cpu"))["command"] == expected
 
 
+@pytest.fixture
+def process_group() -> Iterator[None]:
+    """One of a single process."""
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    yield
+    dist.destroy_process_group()
+
+
+@pytest.mark.usefixtures("process_group")
 def test_over_several_gpus_no_call_is_made_without_a_use() -> None:
     calls: list[None] = []
-    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
-    try:
-        time = measure(lambda: (sleep(0.02), calls.append(None)), 0.01)
-    finally:
-        dist.destroy_process_group()
+    time = measure(lambda: (sleep(0.02), calls.append(None)), 0.01)
     assert time.runs == 3 and 20 <= time.low <= time.median <= time.high
     assert len(calls) == 2 + 1 + 1 + 3  # warm-up, one that tells how many, until clocks are steady, and timed
 
 
+@pytest.mark.usefixtures("process_group")
 def test_a_record_of_several_gpus_says_how_its_processes_were_started(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(sys, "argv", ["/repo/diffusers_draft/__main__.py", "bench", "model", "--ulysses", "2"])
-    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
-    try:
-        command = environment(torch.device("cpu"))["command"]
-    finally:
-        dist.destroy_process_group()
-    assert command == "torchrun --nproc-per-node 1 -m diffusers_draft bench model --ulysses 2"
+    assert (
+        environment(torch.device("cpu"))["command"]
+        == "torchrun --nproc-per-node 1 -m diffusers_draft bench model --ulysses 2"
+    )
 
 
 def test_the_error_against_dense_is_that_of_the_video_rows() -> None:

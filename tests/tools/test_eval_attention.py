@@ -6,7 +6,6 @@ import models
 import oracle
 import pytest
 import torch
-from diffusers import WanVideoToVideoPipeline
 from hypothesis import given
 from hypothesis import strategies as st
 from paper import PAPER
@@ -273,9 +272,7 @@ def test_measures_of_a_whole_run():
 
 
 def test_steps_are_those_of_a_run_that_begins_in_the_middle():
-    components = models.wan_pipeline().components
-    names = ("tokenizer", "text_encoder", "vae", "scheduler", "transformer")
-    pipe = WanVideoToVideoPipeline(**{name: components[name] for name in names})
+    pipe = models.wan_video_to_video_pipeline()
     arguments = dict(video=[Image.new("RGB", (128, 256))] * 5, height=256, width=128)
     arguments |= dict(prompt_embeds=torch.zeros(1, 7, 8), num_inference_steps=10, strength=0.3, guidance_scale=1.0)
     found = measure_attention(pipe, arguments, [Setting()], Samples(layers=1, steps=9, heads=1), 0)

@@ -54,7 +54,10 @@ def generate(*arguments, code=0):
 
 def one_line(capsys):
     """The last line on stderr, which is all that a failing command adds to the bars of what it did before."""
-    err = capsys.readouterr().err
+    return last_line(capsys.readouterr().err)
+
+
+def last_line(err):
     assert err.endswith("\n") and err.count("diffusers-draft: error:") == 1
     line = err.rstrip("\n").rpartition("\n")[2]
     assert line.startswith("diffusers-draft: error:")
@@ -408,7 +411,7 @@ def test_frames_are_kept_when_the_video_cannot_be_written(folder, tmp_path, caps
     generate("--model", folder / "wan", *SMALL, "--dense", "--output", tmp_path / "video.mp4", code=2)
     printed, error = capsys.readouterr()
     assert "draft attention was left out" in printed and "Denoising took" in printed and "Wrote" not in printed
-    line = error.rstrip("\n").rpartition("\n")[2]
+    line = last_line(error)
     assert "No space left on device" in line and str(tmp_path / "video.npz") in line
     assert [path.name for path in tmp_path.iterdir()] == ["video.npz"]
     kept = np.load(tmp_path / "video.npz")["frames"]

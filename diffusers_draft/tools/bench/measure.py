@@ -47,8 +47,9 @@ def measure(call: Callable[[], object], seconds: float = 1.0) -> Time:
     if dist.is_initialized():
         first = torch.tensor(_once(call), device=torch.accelerator.current_accelerator(check_available=True))
         dist.broadcast(first, 0)
-        runs = max(3, math.ceil(seconds / first.item()))
-        for _ in range(math.ceil(seconds / first.item())):  # until the clocks of the GPUs are steady
+        enough = math.ceil(seconds / first.item())
+        runs = max(3, enough)
+        for _ in range(enough):  # until the clocks of the GPUs are steady
             call()
         times = torch.tensor([_once(call) for _ in range(runs)]) * 1e3
         quartiles = times.quantile(torch.tensor([0.25, 0.5, 0.75])).to(first)

@@ -123,8 +123,8 @@ class Study:
         if record is None or (self.videos and not self.store.video(prompt, seed, setting).exists()):
             return False
         if setting is None:  # what is left to do is compared with it
-            compared = all(self._is_done(prompt, seed, other) for other in self.settings)
-            return compared or self.store.has_dense_frames(prompt, seed)
+            left = self.store.has_dense_frames(prompt, seed)
+            return left or all(self._is_done(prompt, seed, other) for other in self.settings)
         return set(self.metrics.keys()) <= record.keys()
 
     def _make(self, prompt: str, seed: int, setting: Setting | None, handle: DraftHandle | None, warm: bool) -> None:

@@ -13,22 +13,21 @@ import torch
 from diffusers import DiffusionPipeline
 from torch import nn
 
-from ...families import family_of
+from ...families import families, family_of
 from ..catalogue import CATALOGUE
 
 Offload = Literal["none", "model", "sequential"]
 
 FLOAT32_COMPONENTS = ("AutoencoderKLWan", "CLIPVisionModel")
 """Classes of small components that lose quality below float32, as their model cards say."""
-IMAGE_IS_NEEDED = (
-    "LTXImageToVideoPipeline",
-    "LTX2ImageToVideoPipeline",
-    "CosmosVideoToWorldPipeline",
-    "Cosmos2VideoToWorldPipeline",
-)
-"""Pipelines that make nothing from a text alone, although the image in their signature has a default."""
-NEEDS_VIDEO = ("LTX2DFRTemporalRefinePipeline",)
-"""Pipelines that refine a video, although it has a default in their signature."""
+ALSO_NEEDED = {
+    "LTXImageToVideoPipeline": "image",
+    "LTX2ImageToVideoPipeline": "image",
+    "LTX2DFRTemporalRefinePipeline": "video",
+    "CosmosVideoToWorldPipeline": "image",
+    "Cosmos2VideoToWorldPipeline": "image",
+}
+"""What a pipeline starts from, where it makes nothing from a text alone and its signature does not say so."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -77,8 +76,7 @@ def _needed(name: str) -> set[str]:
     """List the arguments that a pipeline cannot do without."""
     parameters = list(call_parameters(getattr(diffusers, name)).values())[1:]  # but for self
     needed = {each.name for each in parameters if each.default is each.empty and each.kind is not each.VAR_KEYWORD}
-    needed |= {"image"} if name in IMAGE_IS_NEEDED else set()
-    return needed | ({"video"} if name in NEEDS_VIDEO else set())
+    return needed | ({ALSO_NEEDED[name]} if name in ALSO_NEEDED else set())
 
 
 def transformers(pipe: Any) -> list[Any]:
@@ -164,10 +162,10 @@ def pipeline_class(index: dict[str, Any], with_image: bool) -> Any:
 
 def _check_compiles(index: dict[str, Any]) -> None:
     """Raise ValueError for a transformer of which diffusers does not say what to compile."""
-    for entry in index.values():
-        found: Any = getattr(diffusers, str(entry[1]), None) if isinstance(entry, list) else None
-        if "Transformer" in getattr(found, "__name__", "") and not found._repeated_blocks:
-            raise ValueError(f"diffusers compiles no repeated blocks of a {found.__name__}. Leave --compile out.")
+    names = [entry[1] for entry in index.values() if isinstance(entry, list)]
+    for name in families().keys() & set(names):
+        if not getattr(diffusers, name)._repeated_blocks:
+            raise ValueError(f"diffusers compiles no repeated blocks of a {name}. Leave --compile out.")
 
 
 def _index(name: str) -> dict[str, Any]:
