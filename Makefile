@@ -8,7 +8,7 @@ TORCH ?= torch==2.13.0
 
 BIN = $(VENV)/bin
 
-.PHONY: demo test lint docs dist-check bench
+.PHONY: demo test lint docs dist-check
 
 demo: $(VENV)/installed-demo
 	$(BIN)/diffusers-draft demo --output out
@@ -26,9 +26,6 @@ docs: $(VENV)/installed-docs
 
 dist-check: $(VENV)/installed-dev
 	.ci/dist $(BIN)/python
-
-bench: $(VENV)/installed-demo
-	$(BIN)/diffusers-draft bench attention
 
 $(VENV)/bin/python:
 	$(PYTHON) -m venv $(VENV)

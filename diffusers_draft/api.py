@@ -151,6 +151,8 @@ def enable_draft_attention(
     """
     if config is not None and not isinstance(config, DraftConfig):
         raise TypeError(f"config must be a DraftConfig, got {config!r}. Make one, as in DraftConfig(sparsity=0.8).")
+    if isinstance(sparsity, DraftConfig):
+        raise TypeError("The second argument is the sparsity, got a DraftConfig. Give it as config=....")
     given = DraftConfig(
         sparsity=sparsity,
         max_error=max_error,

@@ -73,7 +73,7 @@ class DraftConfig(Method):
         if self.max_error is None:
             sparsity = SPARSITY if self.sparsity is None else self.sparsity
             check_sparsity(sparsity)
-            object.__setattr__(self, "sparsity", sparsity)
+            object.__setattr__(self, "sparsity", float(sparsity))
             return
         if self.sparsity is not None:
             raise ValueError(
@@ -81,6 +81,7 @@ class DraftConfig(Method):
             )
         if not is_number(self.max_error) or not 0 < self.max_error < 1:
             raise ValueError(f"max_error is a relative error and must be in (0, 1), got {self.max_error!r}.")
+        object.__setattr__(self, "max_error", float(self.max_error))
 
     @property
     def known_sparsity(self) -> float:

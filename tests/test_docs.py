@@ -27,8 +27,6 @@ PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", ROOT / "CHANGELOG.md", *s
 NOTEBOOKS = sorted((ROOT / "notebooks").glob("*.ipynb"))
 FENCE = re.compile(r"^```(?P<language>.*)\n(?P<text>(?:.*\n)*?)^```$", re.MULTILINE)
 
-NOT_RUN: dict[str, str] = {}
-"""What a snippet holds that cannot run on a CPU -> why. All of them can."""
 IN_TWO_PROCESSES = "init_process_group"
 """What a snippet holds that is started with torchrun."""
 
@@ -141,9 +139,6 @@ def run(snippet: Snippet, folder: Path) -> dict[str, Any]:
 
 @pytest.mark.parametrize("snippet", SNIPPETS, ids=[snippet.name for snippet in SNIPPETS])
 def test_snippet(snippet: Snippet, tmp_path: Path, eager_compile: None) -> None:
-    for name, reason in NOT_RUN.items():
-        if name in snippet.text:
-            pytest.skip(reason)
     if IN_TWO_PROCESSES not in snippet.text:
         run(snippet, tmp_path)
         return
@@ -162,10 +157,6 @@ def test_snippet(snippet: Snippet, tmp_path: Path, eager_compile: None) -> None:
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", str(script)]
     of_a_cpu = {"PYTHONPATH": paths, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
     subprocess.run(command, check=True, env=os.environ | of_a_cpu, timeout=250)
-
-
-def test_what_is_not_run_is_on_a_page() -> None:
-    assert all(any(name in snippet.text for snippet in SNIPPETS) for name in NOT_RUN)
 
 
 COMMAND = re.compile(r"(?:diffusers-draft|-m diffusers_draft) (.*)")

@@ -197,7 +197,7 @@ def _check_tensors(query: Tensor, key: Tensor, value: Tensor, kv_len: Tensor | N
 
 def _check_lengths(kv_len: Tensor, query: Tensor, video_end: int) -> None:
     if not isinstance(kv_len, Tensor):
-        raise ValueError(f"kv_len must be a tensor of {query.shape[0]} integers, got {kv_len!r}.")
+        raise ValueError(f"kv_len must be a tensor of {query.shape[0]} integers, got {kv_len!r}. Use torch.tensor.")
     if kv_len.shape != (query.shape[0],) or kv_len.dtype not in INTEGERS:
         raise ValueError(
             f"kv_len must hold one integer for each of the {query.shape[0]} samples, got shape "

@@ -1,9 +1,10 @@
 """The draft: attention between block means, and the scores that it gives every pair of blocks."""
 
-from collections.abc import Callable
-
 import torch
 from torch import Tensor
+
+SCORES = ("value", "mass")
+"""What ranks the pairs of blocks: `value`, or the draft map as it is, the mass that would be lost (the paper)."""
 
 
 def block_means(tokens: Tensor, num_blocks: int, block: int) -> Tensor:
@@ -36,11 +37,6 @@ def draft_map(query_means: Tensor, key_means: Tensor, scale: float) -> Tensor:
         return torch.softmax(query_means @ key_means.transpose(-1, -2) * scale, dim=-1)
 
 
-def mass(draft: Tensor, value_means: Tensor) -> Tensor:
-    """Score a pair by its draft-map value: the attention mass that it would lose (the paper)."""
-    return draft
-
-
 def value(draft: Tensor, value_means: Tensor) -> Tensor:
     """Score a pair by what the output would lose: its mass times how far the block's mean value lies from the output.
 
@@ -53,7 +49,3 @@ def value(draft: Tensor, value_means: Tensor) -> Tensor:
     """
     with torch.autocast(draft.device.type, enabled=False):
         return draft * torch.cdist(draft @ value_means, value_means, compute_mode="donot_use_mm_for_euclid_dist")
-
-
-SCORES: dict[str, Callable[[Tensor, Tensor], Tensor]] = {"value": value, "mass": mass}
-"""What ranks the pairs of blocks, by name."""

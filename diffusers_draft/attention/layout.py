@@ -80,7 +80,8 @@ def token_layout(grid: Grid, prefix: int, seq_len: int, tile: Tile, device: torc
     if prefix + video > seq_len:
         raise ValueError(
             f"The grid (T, Y, X) = {grid} has {video} video tokens behind a prefix of {prefix}, but the sequence has "
-            f"only {seq_len} tokens. Pass the grid of tokens (latent frames, rows and columns after patching)."
+            f"only {seq_len} tokens. Pass tensors (B, S, H, D) and the grid of tokens (latent frames, rows and "
+            "columns after patching)."
         )
     block = math.prod(tile)
     # Cached tensors must stay usable under autograd even when the first call runs in inference mode.

@@ -1,7 +1,6 @@
 """The command `diffusers-draft bench`: time draft attention against dense attention on this machine."""
 
 import argparse
-import json
 from collections.abc import Iterator
 from dataclasses import asdict
 from pathlib import Path
@@ -23,7 +22,7 @@ from ..tools.bench.table import table_lines
 from . import CommandError, one_line
 from .bench_model import add_model, add_run
 from .option_types import DEFAULT, device, seconds, seed, whole
-from .outputs import check_output, check_picture, write_output
+from .outputs import check_output, check_picture, write_output, write_record
 from .ranks import check_alone
 
 SIZES = {"heads": (1, 24), "head_dim": (1, 128), "text": (0, 0), "batch": (1, 1)}
@@ -85,15 +84,13 @@ def run_attention(args: argparse.Namespace) -> None:
     with one_line(RuntimeError):  # too little memory; on a CPU it has no type of its own
         inputs = (random_inputs if args.random else structured_inputs)(shape, args.device, dtype, args.seed)
     case = Case(shape, inputs, args.seconds)
+    record: dict[str, Any] = {"environment": facts, "name": name, "shape": vars(shape), "dtype": str(dtype)}
+    record |= {"tile": methods[0].tile, "inputs": kind}
     with one_line(torch.OutOfMemoryError), torch.inference_mode():
         rows = list(run_dense(case))
         for line in table_lines([*rows], _kept(_sparse_rows(args, case, methods), rows), shape):
             print(line, flush=True)
-    if args.json:
-        record: dict[str, Any] = {"environment": facts, "name": name, "shape": vars(shape), "dtype": str(dtype)}
-        record |= {"tile": methods[0].tile, "inputs": kind, "rows": [asdict(row) for row in rows]}
-        text = json.dumps(record, indent=1) + "\n"
-        write_output(args.json, lambda path: path.write_text(text))
+            write_record(args.json, record | {"rows": [asdict(row) for row in rows]})
     title = f"{name}, {facts['device']}, {str(dtype).removeprefix('torch.')}"
     if args.plot:
         write_output(args.plot, lambda path: plot(rows, path, title))

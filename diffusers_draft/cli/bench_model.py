@@ -1,7 +1,6 @@
 """The commands `diffusers-draft bench model` and `bench run`: time a real transformer with random weights."""
 
 import argparse
-import json
 from collections.abc import Iterator
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -20,7 +19,7 @@ from ..tools.bench.shapes import SHAPES
 from . import CommandError, one_line
 from .backends import check_runs
 from .option_types import DEFAULT, seconds, whole
-from .outputs import check_output, write_output
+from .outputs import check_output, write_record
 from .packages import check_packages
 from .ranks import Ranks, add_ulysses, check_alone, together
 
@@ -108,15 +107,14 @@ def run_runs(args: argparse.Namespace) -> None:
         _check_backend(args, config)
     facts = environment(DEVICE)
     print(", ".join(f"{key} {value}" for key, value in facts.items()))
+    options = {"compiled": args.compile, "backend": args.backend, "steps": args.steps, "dense_steps": timed}
     runs = []
     with one_line(torch.OutOfMemoryError):
         for run in _runs(args, configs, timed):
             runs.append(run)
             print(_line(run, runs[0]))
-    if args.json:
-        options = {"compiled": args.compile, "backend": args.backend, "steps": args.steps, "dense_steps": timed}
-        record = {"environment": facts, "model": args.model, "options": options, "runs": [asdict(run) for run in runs]}
-        _write(args.json, record)
+            record = {"environment": facts, "model": args.model, "options": options}
+            write_record(args.json, record | {"runs": [asdict(run) for run in runs]})
 
 
 def _check(args: argparse.Namespace, what: str) -> None:
@@ -129,11 +127,6 @@ def _check(args: argparse.Namespace, what: str) -> None:
 
 def _check_backend(args: argparse.Namespace, config: DraftConfig) -> None:
     check_runs(config.method, DEVICE, torch.bfloat16, SHAPES[MODELS[args.model].shape].head_dim)
-
-
-def _write(path: Path, record: dict[str, Any]) -> None:
-    text = json.dumps(record, indent=1) + "\n"
-    write_output(path, lambda part: part.write_text(text))
 
 
 def _config(args: argparse.Namespace, sparsity: float) -> DraftConfig:
@@ -170,11 +163,16 @@ def _run_model(args: argparse.Namespace, config: DraftConfig, ranks: Ranks) -> N
     print(", ".join(f"{key} {value}" for key, value in facts.items()))
     densities = densities_to_measure(args.model, config, args.steps)
     how: dict[str, Any] = dict(compiled=args.compile, default=args.default, device=DEVICE, seconds=args.seconds)
+    options = {"config": asdict(config), "compiled": args.compile}
+    options |= {"ulysses": args.ulysses} if args.ulysses > 1 else {}
+    record: dict[str, Any] = {"environment": facts, "model": args.model, "options": options}
+    file = args.json if ranks.first else None
     steps = []
     for step in one_step.run(args.model, config, densities, **how, split=ranks.split if ranks.size > 1 else None):
         steps.append(step)
         blocks = ", ".join(f"{path} {cost:.2f}" for path, cost in step.block_ms.items())
         print(f"{step.name:20s} step {step.step_ms:9.1f} ms   blocks: {blocks} ms   memory {step.memory_gib:.2f} GiB")
+        write_record(file, record | {"steps": [asdict(step) for step in steps]})
     prediction = predict(args.model, config, steps, args.steps)
     print(
         f"a sparse step is {prediction['step_speedup']:.2f}x the best dense one; {args.steps} steps, "
@@ -186,9 +184,4 @@ def _run_model(args: argparse.Namespace, config: DraftConfig, ranks: Ranks) -> N
             f"with all layers sparse, {ranks.size} GPUs are {prediction['gpu_speedup']:.2f}x as fast as one; "
             f"exchanges alone would take {prediction['exchange_share']:.0%} of that time"
         )
-    if args.json and ranks.first:
-        options = {"config": asdict(config), "compiled": args.compile}
-        options |= {"ulysses": args.ulysses} if args.ulysses > 1 else {}
-        record = {"environment": facts, "model": args.model, "options": options, "prediction": prediction}
-        record["steps"] = [asdict(step) for step in steps]
-        _write(args.json, record)
+    write_record(file, record | {"prediction": prediction, "steps": [asdict(step) for step in steps]})

@@ -1,7 +1,6 @@
 """The command `diffusers-draft doctor`: say which backends work on this machine, and why the others do not."""
 
 import argparse
-import json
 import textwrap
 from collections.abc import Iterator
 from dataclasses import asdict
@@ -13,7 +12,7 @@ from ..attention import kernels
 from ..tools.doctor import Finding, choice, examine, facts
 from . import CommandError
 from .option_types import device
-from .outputs import check_output, write_output
+from .outputs import check_output, write_record
 
 COLUMNS = "{:18s} {:6s} {:28s} {:13s} {}"
 REASON = 200
@@ -52,10 +51,8 @@ def run(args: argparse.Namespace) -> None:
         print(*_rows(findings[-1]), sep="\n", flush=True)
     auto = choice(args.device)
     print(f"\nauto takes {auto['backend'] or 'none'} in {auto['dtype']}: {_short(str(auto['reason']))}")
-    if args.json:
-        backends = [{"works": finding.works, **asdict(finding)} for finding in findings]
-        text = json.dumps({"environment": found, "auto": auto, "backends": backends}, indent=1) + "\n"
-        write_output(args.json, lambda path: path.write_text(text))
+    backends = [{"works": finding.works, **asdict(finding)} for finding in findings]
+    write_record(args.json, {"environment": found, "auto": auto, "backends": backends})
     if not any(finding.works for finding in findings):
         raise CommandError(f"No backend works on {args.device}: the table says why.")
 

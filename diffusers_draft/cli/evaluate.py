@@ -5,8 +5,11 @@ import dataclasses
 from pathlib import Path
 from typing import Any
 
+from ..attention.draft import SCORES
 from ..attention.method import format_tile
+from ..attention.select import BUDGETS
 from ..config import DraftConfig
+from ..schedules import SCHEDULES
 from ..tools.bench.measure import environment
 from ..tools.generation.loading import device, dtype_of
 from . import one_line
@@ -19,12 +22,13 @@ from .ranks import check_alone
 LISTS = {
     "sparsity": "for example 0.5 0.75 0.9",
     "max-error": "for example 0.03 0.05 0.1, instead of sparsities",
-    "schedule": f"falling constant paper (default: {DraftConfig.schedule})",
-    "score": f"value mass (default: {DraftConfig.score})",
+    "schedule": f"{' '.join(SCHEDULES)} (default: {DraftConfig.schedule})",
+    "score": f"{' '.join(SCORES)} (default: {DraftConfig.score})",
     "probes": f"for example 0 64 (default: {DraftConfig.probes})",
-    "budget": f"row head (default: {DraftConfig.budget})",
+    "budget": f"{' '.join(BUDGETS)} (default: {DraftConfig.budget})",
     "tile": f"for example 2x8x8 8x16 (default: {format_tile(DraftConfig.tile)})",
     "dense-steps": "for example 0 0.25",
+    "dense-timestep": "for example 925 975",
     "dense-layers": "for example none 0 0+1",
     "backend": "for example torch triton",
     "selection": "what chooses the blocks: draft, or a baseline: random, local, oracle",
@@ -59,7 +63,7 @@ def add_parser(subparsers: argparse._SubParsersAction) -> None:
     parser.add_argument("--vbench", action="store_true", help="score the clips with VBench")
     parser.add_argument(
         "--attention", type=whole(0), nargs="?", const=4, default=0, metavar="PROMPTS",
-        help="measure attention calls on so many prompts (default: 4), all at the mean sparsity, without the schedule",
+        help="also measure attention calls, on so many prompts (4 without a number), all at the mean sparsity",
     )  # fmt: skip
     parser.set_defaults(run=run)
 
@@ -94,7 +98,7 @@ def run(args: argparse.Namespace) -> None:
         for setting in settings:
             check_backend(args, setting.config.method)
             if args.attention and setting.config.max_error is not None:
-                raise ValueError("--attention measures calls at a given sparsity: give --attention 0 with max_error.")
+                raise ValueError("--attention measures calls at a given sparsity: leave it out with max_error.")
         start = image(args)
         store = Store(args.output, _facts(args))
         if args.videos:
@@ -112,7 +116,8 @@ def run(args: argparse.Namespace) -> None:
     try:
         with one_line(OSError, ValueError, ImportError, RuntimeError):
             study.run()
-            study.measure_attention(args.attention, Samples())
+            if args.attention:
+                study.measure_attention(args.attention, Samples())
             title = f"{args.model}, {len(prompts)} prompts"
             rows = write_results(study, device(), title, with_vbench=args.vbench)
     except KeyboardInterrupt as stop:
@@ -123,9 +128,10 @@ def run(args: argparse.Namespace) -> None:
 
 def _settings(args: argparse.Namespace) -> list[Any]:
     from ..tools.evaluation import grid, parse_setting
-    from ..tools.evaluation.settings import PARSERS, parse_value
+    from ..tools.evaluation.settings import parse_value
 
-    lists = {key: [parse_value(key, text) for text in getattr(args, key)] for key in PARSERS if getattr(args, key, 0)}
+    given = {key: texts for option in LISTS if (texts := getattr(args, key := option.replace("-", "_")))}
+    lists = {key: [parse_value(key, text) for text in texts] for key, texts in given.items()}
     if not lists and not args.setting:
         raise ValueError("There is nothing to compare: give --sparsity 0.5 0.75 0.9, other lists, or --setting.")
     return list(dict.fromkeys((grid(**lists) if lists else []) + [parse_setting(text) for text in args.setting]))

@@ -10,7 +10,7 @@ def add_parser(subparsers: argparse._SubParsersAction) -> None:
     parser = subparsers.add_parser(
         "models",
         help="list the supported models",
-        description="Prints the models that draft attention knows, with their defaults, as a Markdown table.",
+        description="Prints the models that draft attention knows and what the paper keeps dense, as Markdown.",
     )
     parser.set_defaults(run=run)
 

@@ -1,8 +1,10 @@
-"""Files that a command writes at its end: checked before the work starts, and complete or as they were."""
+"""Files that a command writes: checked before the work starts, and complete or as they were."""
 
+import json
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 from ..tools.generation.files import replacing
 from . import CommandError
@@ -53,6 +55,17 @@ def write_output(path: Path, write: Callable[[Path], object], *, keep: bool = Tr
     """
     with _writing(path), replacing(path, keep=keep) as part:
         write(part)
+
+
+def write_record(path: Path | None, record: dict[str, Any]) -> None:
+    """Write a record as JSON, if a file was asked for.
+
+    Raises:
+        CommandError: as `write_output`.
+    """
+    if path:
+        text = json.dumps(record, indent=1) + "\n"
+        write_output(path, lambda part: part.write_text(text))
 
 
 @contextmanager

@@ -108,10 +108,10 @@ class Family:
             into them.
         video: finds the video tokens from the inputs of a forward and the model's config.
         check: raises ValueError for a model whose config gives it self-attention that cannot be made sparse.
-        dense_layers: module paths of the layers that stay dense by default.
-        dense_timestep: steps above this timestep stay dense by default.
-        dense_steps: share of a run's steps, from its start, that stay dense by default; for families without a
-            `dense_timestep`. Needs the pipeline: with a transformer alone no step is dense by default.
+        dense_layers: module paths of the layers that stay dense with `schedule="paper"`.
+        dense_timestep: steps above this timestep stay dense with `schedule="paper"`.
+        dense_steps: share of a run's steps, from its start, that stay dense with `schedule="paper"`; for families
+            without a `dense_timestep`. Needs the pipeline: with a transformer alone no step is dense then.
         top_timestep: the timestep of pure noise, for a transformer without a pipeline; None where timesteps do not
             tell the noise.
         scheduler_units: whether the model gets timesteps in the units of its scheduler.

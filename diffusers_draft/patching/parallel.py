@@ -42,7 +42,10 @@ def enable_parallelism(pipe: Any, *, config: Any) -> None:
 
     config = context_parallel(config) or config
     if not isinstance(config, ContextParallelConfig):
-        raise TypeError(f"config must be a ContextParallelConfig, got {type(config).__name__}.")
+        raise TypeError(
+            f"config must be a ContextParallelConfig, as in ContextParallelConfig(ulysses_degree=2), got "
+            f"{type(config).__name__}."
+        )
     if not (dist.is_available() and dist.is_initialized()):
         raise RuntimeError(
             "torch.distributed is not initialized. Start the script with torchrun and call "

@@ -200,9 +200,9 @@ def report_on(component: str, attachment: Attachment, components: Components | N
     block = attachment.config.block
     last = {path: record.call for path, record in records.items() if record.call}
     calls = [*last.values(), *(call for forward in log for call in forward.calls.values())]
-    looks = iter(_look(calls, block, attachment.config.probes > 0))
-    of_last = {path: next(looks) for path in last}
-    of_run = [{path: next(looks) for path in forward.calls} for forward in log]
+    found = dict(zip(map(id, calls), _look(calls, block, attachment.config.probes > 0), strict=True))
+    of_last = {path: found[id(call)] for path, call in last.items()}
+    of_run = [{path: found[id(call)] for path, call in forward.calls.items()} for forward in log]
     facts = next(iter(last.values())).facts.tolist() if last else None
     choice = kernels.choice_of(facts[3]) if facts else None
     errors = {path: _mean_error(of[path].error for of in of_run if path in of) for path in records}

@@ -23,7 +23,10 @@ def known_transformers(pipe: Any) -> dict[str, tuple[nn.Module, Family]]:
     """
     components = {"transformer": pipe} if isinstance(pipe, nn.Module) else getattr(pipe, "components", None)
     if not isinstance(components, dict):
-        raise TypeError(f"Expected a diffusers pipeline or transformer, got {type(pipe).__name__}.")
+        raise TypeError(
+            f"Expected a diffusers pipeline or transformer, got {type(pipe).__name__}. Load one, as in "
+            "WanPipeline.from_pretrained(...), and give that."
+        )
     modules = {
         name: _unwrapped(component) for name, component in components.items() if isinstance(component, nn.Module)
     }

@@ -20,6 +20,7 @@ from diffusers.models._modeling_parallel import ContextParallelConfig, ParallelC
 from diffusers.models.attention_processor import PAGIdentitySelfAttnProcessor2_0
 from models import RAGGED, patched, processors, run_wan, wan_inputs
 from paper import PAPER, enable_draft_attention
+from peft import LoraConfig, get_peft_model
 from torch import Tensor, nn
 
 import diffusers_draft
@@ -155,8 +156,7 @@ def one_process(tmp_path: Path) -> Iterator[None]:
 
 
 def with_lora(model: Any) -> Any:
-    peft = pytest.importorskip("peft")
-    return peft.get_peft_model(model, peft.LoraConfig(r=2, target_modules=["to_q", "to_v"]))
+    return get_peft_model(model, LoraConfig(r=2, target_modules=["to_q", "to_v"]))
 
 
 WRAPPERS = {

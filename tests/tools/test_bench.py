@@ -309,6 +309,18 @@ def test_a_run_that_fails_leaves_files_as_they_were(before, tmp_path, monkeypatc
     assert len(list(tmp_path.iterdir())) == (before is not None)
 
 
+def test_what_was_measured_before_an_error_is_in_the_record(tmp_path, monkeypatch) -> None:
+    def one_row(*_: object) -> Iterator[Row]:
+        yield Row("draft torch", "draft", 0.5, note="a row")
+        raise torch.OutOfMemoryError("too little memory")
+
+    monkeypatch.setattr(bench, "_sparse_rows", one_row)
+    table = tmp_path / "x.json"
+    with pytest.raises(SystemExit):
+        main([*TINY, "--seconds", "0.01", "--json", str(table)])
+    assert [row["name"] for row in json.loads(table.read_text())["rows"]] == ["sdpa", "draft torch"]
+
+
 def test_a_link_stays_a_link(tmp_path: Path) -> None:
     target, link = tmp_path / "target.txt", tmp_path / "link.txt"
     target.write_text("before")

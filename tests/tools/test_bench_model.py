@@ -194,6 +194,27 @@ def test_one_step_dense_and_draft(
     assert found["prediction"]["steps"] == 6 and "of them dense" in capsys.readouterr().out
 
 
+@pytest.mark.parametrize("name", ["wan-14b-768p"])
+@pytest.mark.parametrize(("what", "rows"), [("model", "steps"), ("run", "runs")])
+def test_what_was_measured_before_an_error_is_in_the_record(
+    what: str, rows: str, name: str, tiny_model: str, tmp_path: Path, monkeypatch
+) -> None:
+    def full(*_: Any, **__: Any) -> Any:
+        raise torch.OutOfMemoryError("too little memory")
+
+    monkeypatch.setattr(bench_model, "_check", lambda *_, **__: None)
+    monkeypatch.setattr(bench_model, "DEVICE", torch.device("cpu"))
+    monkeypatch.setattr(bench_model, "SECONDS", 0.01)
+    monkeypatch.setattr(step, "draft_steps", full)
+    monkeypatch.setattr(Bench, "draft", full)
+    options = ["--steps", "2", *(["--seconds", "0.01"] if what == "model" else [])]
+    record = tmp_path / "x.json"
+    with pytest.raises(SystemExit):
+        main(["bench", what, "--model", tiny_model, *options, "--json", str(record)])
+    found = json.loads(record.read_text())
+    assert [row["name"] for row in found[rows]][-1] == "dense sdpa" and "prediction" not in found
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [

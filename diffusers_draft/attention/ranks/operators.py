@@ -1,4 +1,4 @@
-"""Operators of `ulysses.Exchange`. In draft attention, some heads attend while others are on their way.
+"""Operators of `exchange.Exchange`. In draft attention, some heads attend while others are on their way.
 
 Custom ops, so that compiled code neither looks inside nor reuses the memory of what is being sent.
 """

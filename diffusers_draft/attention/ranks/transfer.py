@@ -1,4 +1,4 @@
-"""What `ulysses.Exchange` sends: every part goes straight to its place, and a rank's own part is not sent.
+"""What `exchange.Exchange` sends: every part goes straight to its place, and a rank's own part is not sent.
 
 Point to point, because torch's functional collectives return what came in tensors of their own, which would be copied
 once more, and pass a rank's own part through the communication kernel.

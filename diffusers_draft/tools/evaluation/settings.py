@@ -1,6 +1,7 @@
 """Settings of a study: options of draft attention, and the scores that choose the blocks."""
 
 import dataclasses
+import functools
 import itertools
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
@@ -40,8 +41,18 @@ class Setting:
         return ",".join(f"{key}={_text(key, value)}" for key, value in shown.items())
 
 
+def _number(text: str, kind: Callable[[str], float] = float) -> float:
+    try:
+        return kind(text)
+    except ValueError:
+        raise ValueError(f"expected a {'whole number' if kind is int else 'number'}") from None
+
+
 def _layers(text: str) -> tuple[int, ...]:
-    return () if text == "none" else tuple(int(index) for index in text.split("+"))
+    indices = [] if text == "none" else text.split("+")
+    if not all(index.isdecimal() for index in indices):
+        raise ValueError("expected indices joined by +, as in 0+1, or none")
+    return tuple(map(int, indices))
 
 
 def _selection(text: str) -> str:
@@ -51,15 +62,15 @@ def _selection(text: str) -> str:
 
 
 PARSERS: dict[str, Callable[[str], Any]] = {
-    "sparsity": float,
-    "max_error": float,
+    "sparsity": _number,
+    "max_error": _number,
     "schedule": str,
     "score": str,
-    "probes": int,
+    "probes": functools.partial(_number, kind=int),
     "budget": str,
     "tile": parse_tile,
     "dense_steps": parse_share,
-    "dense_timestep": float,
+    "dense_timestep": _number,
     "dense_layers": _layers,
     "backend": str,
     "selection": _selection,
@@ -71,12 +82,14 @@ def parse_setting(text: str) -> Setting:
     """Read a setting such as `"sparsity=0.9,budget=row,tile=8x16"`; other options keep their defaults.
 
     Raises:
-        ValueError: for an unknown option or a wrong value.
+        ValueError: for an unknown option, one that is given twice, or a wrong value.
     """
-    options = {}
+    options: dict[str, Any] = {}
     for item in text.split(","):
-        key, _, value = item.partition("=")
-        options[key.strip()] = parse_value(key.strip(), value.strip())
+        key, value = (part.strip() for part in item.partition("=")[::2])
+        if key in options:
+            raise ValueError(f"{key} is given twice in the setting {text!r}.")
+        options[key] = parse_value(key, value)
     return _setting(options)
 
 

@@ -63,14 +63,12 @@ def over_prompts(records: Sequence[Json], value: Callable[[Json], Any]) -> Estim
 
 def as_csv(rows: Sequence[Json]) -> str:
     """Write the rows as CSV; an estimate takes three columns: the mean, `_low` and `_high`."""
-    flat = [
-        {
-            name: value
-            for column, cell in row.items()
-            for name, value in (_ends(column, cell) if isinstance(cell, Estimate) else {column: cell}).items()
-        }
-        for row in rows
-    ]
+    flat: list[Json] = []
+    for row in rows:
+        line: Json = {}
+        for column, cell in row.items():
+            line |= _ends(column, cell) if isinstance(cell, Estimate) else {column: cell}
+        flat.append(line)
     names = list(dict.fromkeys(name for row in flat for name in row))
     file = io.StringIO()
     writer = csv.DictWriter(file, names, lineterminator="\n")
