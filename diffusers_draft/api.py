@@ -38,6 +38,7 @@ class DraftHandle:
         self._pipe = weakref.ref(pipe)
         self._attachments = attachments
         self._replaced = replaced
+        self._entered = 0
 
     def report(self) -> DraftReport:
         """Say what happened so far: density, layers, steps, backend. Waits for the device.
@@ -58,10 +59,12 @@ class DraftHandle:
         Raises:
             RuntimeError: if no sparse step ran yet.
         """
-        steps = [forward.step for attachment in self._attachments.values() for forward in attachment.tally.log]
-        if not steps:
+        forwards = [forward for attachment in self._attachments.values() for forward in attachment.tally.log]
+        if not forwards:
             raise RuntimeError("No sparse step ran yet: run the pipeline once, then ask what sparsity it arrived at.")
-        return sum(step.sparsity for step in steps) / len(steps)
+        # Steps may have one or several forwards. Where no run is known every forward has a density of its own.
+        steps = {(forward.step.number, id(forward.step.asked)): forward.step for forward in forwards}
+        return sum(step.sparsity for step in steps.values()) / len(steps)
 
     def disable(self) -> None:
         """Restore the stock attention bit for bit. Harmless when done twice or after enabling again.
@@ -87,9 +90,13 @@ class DraftHandle:
                 "This handle's settings are not in force any more: they were disabled or replaced. Call "
                 "enable_draft_attention again and enter the handle that it returns."
             )
+        self._entered += 1
         return self
 
     def __exit__(self, *exception: object) -> None:
+        self._entered = max(0, self._entered - 1)
+        if self._entered:
+            return
         with paused(self._attachments.values()):
             in_force = [attachment.transformer() for attachment in self._attachments.values() if attachment.attached]
             self.disable()

@@ -77,7 +77,8 @@ class DraftConfig(Method):
             return
         if self.sparsity is not None:
             raise ValueError(
-                f"Give sparsity or max_error, not both, got sparsity={self.sparsity!r}, max_error={self.max_error!r}."
+                f"Give sparsity or max_error and leave the other None, got sparsity={self.sparsity!r}, "
+                f"max_error={self.max_error!r}."
             )
         if not is_number(self.max_error) or not 0 < self.max_error < 1:
             raise ValueError(f"max_error is a relative error and must be in (0, 1), got {self.max_error!r}.")

@@ -66,7 +66,7 @@ OPTIONS_OF_CONFIG = [
     ({"max_error": True}, "max_error is a relative error .* got True"),
     ({"max_error": "0.05"}, "max_error is a relative error .* got '0.05'"),
     ({"max_error": torch.tensor(0.05)}, r"max_error is a relative error .* got tensor\(0.05"),
-    ({"max_error": 0.05, "sparsity": 0.8}, "Give sparsity or max_error, not both, got sparsity=0.8, max_error=0.05"),
+    ({"max_error": 0.05, "sparsity": 0.8}, "leave the other None, got sparsity=0.8, max_error=0.05"),
     ({"max_error": 0.05, "probes": 0}, "max_error=0.05 is measured on probes, so that probes=0 cannot be given"),
     ({"dense_steps": "0.5"}, "dense_steps is a share of the run .* got '0.5'"),
     ({"dense_steps": torch.tensor(0.5)}, r"dense_steps is a share of the run .* got tensor\(0.5"),
@@ -263,7 +263,7 @@ def test_mixed_devices_are_refused(position):
     "scale", [True, "1", NAN, math.inf, -math.inf, torch.tensor(0.25), [0.25], 1j, 10**400], ids=str
 )
 def test_a_scale_that_is_no_finite_number_is_refused(scale):
-    with pytest.raises(ValueError, match=r"scale is a factor on the scores and must be a finite number, got"):
+    with pytest.raises(ValueError, match=r"scale is a factor on the scores and must be a finite number above 0, got"):
         draft_attention(tokens(), tokens(), tokens(), GRID, scale=scale)
 
 

@@ -37,6 +37,11 @@ def draft_map(query_means: Tensor, key_means: Tensor, scale: float) -> Tensor:
         return torch.softmax(query_means @ key_means.transpose(-1, -2) * scale, dim=-1)
 
 
+NEAREST = 1e-6
+"""The least distance of a block's mean value from the output, relative to the usual one, that float32 tells from
+none. Nearer ones count as so far: of a row that looks at one block alone, the output is that block's value."""
+
+
 def value(draft: Tensor, value_means: Tensor) -> Tensor:
     """Score a pair by what the output would lose: its mass times how far the block's mean value lies from the output.
 
@@ -48,4 +53,6 @@ def value(draft: Tensor, value_means: Tensor) -> Tensor:
         `(B, H, Nv, Nv)` float32, not negative.
     """
     with torch.autocast(draft.device.type, enabled=False):
-        return draft * torch.cdist(draft @ value_means, value_means, compute_mode="donot_use_mm_for_euclid_dist")
+        far = torch.cdist(draft @ value_means, value_means, compute_mode="donot_use_mm_for_euclid_dist")
+        usual = far.square().mean(-1, keepdim=True).sqrt()  # of a row: what is not finite stays in its own
+        return draft * far.clamp(min=NEAREST * usual)

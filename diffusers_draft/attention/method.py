@@ -161,9 +161,9 @@ def check_grid(grid: tuple[int, int, int], prefix: int) -> None:
 
 
 def check_scale(scale: float | None) -> None:
-    """Raise ValueError for a scale that is no finite number."""
-    if scale is not None and not (is_number(scale) and abs(scale) < math.inf):
-        raise ValueError(f"scale is a factor on the scores and must be a finite number, got {scale!r}.")
+    """Raise ValueError for a scale that is no finite number above 0."""
+    if scale is not None and not (is_number(scale) and 0 < scale < math.inf):
+        raise ValueError(f"scale is a factor on the scores and must be a finite number above 0, got {scale!r}.")
 
 
 def is_number(value: Any) -> bool:

@@ -67,7 +67,8 @@ def select(
     """Choose the kept block pairs: video pairs by their score, all pairs with an anchor block.
 
     Args:
-        scores: `(B, H, Nv, Nv)` float32, the largest are kept; their diagonal is overwritten.
+        scores: `(B, H, Nv, Nv)` float32, the largest are kept, NaN last; what is not finite, and the diagonal, is
+            overwritten.
         sparsity: share of the video pairs to skip, in [0, 1).
         budget: a key of `BUDGETS`.
         seq_len: tokens in the sequence, video first.
@@ -83,6 +84,7 @@ def select(
     kv_indices[:, :, num_video:] = torch.arange(num_blocks, dtype=torch.int32, device=device)
     kv_num_blocks = torch.full((batch, heads, num_blocks), num_blocks, dtype=torch.int32, device=device)
     if num_video:
+        scores.nan_to_num_(nan=torch.finfo(scores.dtype).min)  # of NaN and inf, none ranks above the own block
         scores.diagonal(dim1=-2, dim2=-1).fill_(OWN_BLOCK)
         kept = BUDGETS[budget](scores, sparsity)
         counts = _fill_rows(kv_indices, kept, num_video)

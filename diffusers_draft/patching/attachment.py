@@ -13,7 +13,7 @@ from torch import nn
 
 from ..attention import kernels
 from ..config import DraftConfig
-from ..families.family import Family, inputs_of
+from ..families.family import Family, Inputs, VideoTokens, inputs_of
 from .clock import Clock
 from .feedback import Reading
 from .forward import Forward, Hook, check_not_exporting
@@ -175,7 +175,7 @@ class Attachment(StockWhenCopied):
                 "timestep. Draft attention finds the video in the arguments by the names of diffusers' class."
             )
         repeated = forward.repeat(inputs["timestep"])
-        video = self.family.video(inputs, module.config)
+        video = self._locate(module, inputs)
         forward.geometry = torch.tensor([*video.grid, video.prefix], device="cpu")
         assert self._layers is not None, "attached"
         share(forward, module, self.family, self._layers.processors, inputs, video)
@@ -193,13 +193,19 @@ class Attachment(StockWhenCopied):
         self.last_grid = video.grid
         forward.remember(inputs["timestep"])
 
+    def _locate(self, module: nn.Module, inputs: Inputs) -> VideoTokens:
+        try:
+            return self.family.video(inputs, module.config)
+        except KeyError as missing:
+            raise TypeError(f"{type(module).__name__} was called without the argument {missing}.") from missing
+
     def end(self, output: Any) -> None:
         """Count the calls of the forward that is over, and let the schedule learn what they measured."""
         try:
             if self.forward.end(output):  # not if it failed before it began, or was no new one
                 ranks = self.forward.ranks if self.config.probes else None
                 sparse = self.tally.end(failed=output is None, ranks=ranks)
-                if sparse and sparse.step.asked:
+                if sparse and sparse.most and sparse.step.asked:
                     sparse.step.asked.readings.append(Reading(call.squares for call in sparse.calls.values()))
         finally:
             self.forward.leave()

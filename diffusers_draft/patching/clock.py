@@ -6,7 +6,7 @@ import weakref
 from collections.abc import Callable
 from dataclasses import dataclass
 from types import FrameType
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from diffusers import ConfigMixin
@@ -28,16 +28,23 @@ class Moment:
         step: index into them.
         begin: the step that the run began with; video to video begins in the middle.
         timesteps: their values.
+        joined: the first step that was noted: later than `begin` if draft attention was enabled in the middle, or
+            another transformer had the steps before.
     """
 
     run: Tensor
     step: int
     begin: int
     timesteps: tuple[float, ...]
+    joined: int
 
-    def is_step_of(self, other: "Moment | None") -> bool:
-        """Return True if both are the same step of the same run."""
-        return other is not None and self.run is other.run and self.step == other.step
+
+class _Noted(NamedTuple):
+    """What is remembered of a run: not its timesteps, which it is to end with."""
+
+    begin: int
+    joined: int
+    step: int
 
 
 class Clock:
@@ -86,17 +93,25 @@ class Clock:
         expected = timesteps[min(step, len(timesteps) - 1)]
         if self._compares(pipe, scheduler, timestep) and not _is_at(timestep, expected):
             return None
-        return Moment(run, step, self._begin(scheduler, step), timesteps)
+        noted: _Noted = self._noted.get(run) or _Noted(self._begin(pipe, scheduler, step), step, step)
+        # A first step that was only guessed may be too late.
+        return Moment(run, step, min(noted.begin, step), timesteps, min(noted.joined, step))
 
     def note(self, moment: Moment | None) -> None:
         """Remember where a run began, when its first forward comes, and how far it is."""
         if moment is not None:
-            self._noted[moment.run] = moment.begin, moment.step
+            self._noted[moment.run] = _Noted(moment.begin, moment.joined, moment.step)
 
-    def _begin(self, scheduler: Any, step: int) -> int:
-        if scheduler.timesteps in self._noted:
-            return min(self._noted[scheduler.timesteps][0], step)  # a first step that was only guessed may be too late
-        return getattr(scheduler, "begin_index", None) or (0 if _counts(scheduler) else step)
+    def _begin(self, pipe: Any | None, scheduler: Any, step: int) -> int:
+        """Tell where a run begins whose first forward this is."""
+        begin = getattr(scheduler, "begin_index", None)
+        if begin is not None:
+            return begin
+        if not _counts(scheduler):
+            return step
+        # Noise was added with it before, in video to video, or this is not its first forward.
+        steps = getattr(pipe, "num_timesteps", None)
+        return max(0, len(scheduler.timesteps) - steps) if isinstance(steps, int) else 0
 
     def _step(self, scheduler: Any, timestep: Tensor, timesteps: tuple[float, ...]) -> int:
         if not hasattr(scheduler, "step_index"):
@@ -141,8 +156,8 @@ class Clock:
             return True
         if torch.is_grad_enabled() or 2 * ROUNDING * len(run) >= (_training_steps(scheduler) or math.inf):
             return False
-        begin, last = self._noted.get(run, (step, step))
-        return step == begin or step >= last
+        noted: _Noted = self._noted.get(run) or _Noted(step, step, step)
+        return step == noted.begin or step >= noted.step
 
 
 def _calling_pipeline(frame: FrameType | None) -> Any | None:

@@ -41,10 +41,17 @@ class LayerRecord:
 
 
 class SparseForward(NamedTuple):
-    """The sparse calls of one forward, by module path of the layer."""
+    """The sparse calls of one forward.
+
+    Attributes:
+        step: what it was to do.
+        calls: by module path of the layer.
+        most: False if a cache had the results of more layers than ran: the errors of few layers are not the forward's.
+    """
 
     step: SparseStep
     calls: dict[str, SparseCall]
+    most: bool
 
 
 def _zeros(*names: str) -> dict[str, int]:

@@ -14,8 +14,7 @@ from ..config import DraftConfig
 from .attachment import Attachment
 from .chart import chart
 from .components import Components, is_in
-from .records import SparseCall
-from .schedule import SparseStep
+from .records import SparseCall, SparseForward
 
 
 @dataclass(frozen=True)
@@ -39,7 +38,7 @@ class ForwardReport:
         step: of the run.
         asked: density by the schedule.
         density: share of the pairs of blocks that was computed, mean of the layers.
-        error: mean of the layers; None without probes.
+        error: mean of the layers; None without probes, or if a cache had the results of more layers than ran.
     """
 
     step: int
@@ -69,12 +68,13 @@ class TransformerReport:
             probes.
         run: the sparse forwards of the latest run, in turn; at most the last 512.
         dense_layers: module paths of the layers left dense.
-        steps: denoising steps so far that were `"dense"` and `"sparse"` by the schedule.
+        steps: denoising steps so far that were `"dense"` and `"sparse"` by the schedule. Where nothing tells the run,
+            each forward is one.
         forwards: transformer forwards so far, likewise (more than steps with classifier-free guidance).
         sparse_calls: attention calls so far that ran sparse.
         dense_calls: attention calls so far that ran dense, by reason: `"step"`, `"layer"`, `"mask"` (the model passed
             a mask that draft attention cannot honour) and `"replacement"` (something replaced our processor).
-        skipped_calls: calls of sparse layers that did not happen: a cache had the result.
+        skipped_calls: calls of sparse layers that did not happen: a cache or another hook did without.
         skipped_forwards: forwards in which none of them happened.
     """
 
@@ -100,13 +100,16 @@ class TransformerReport:
 
     @property
     def density(self) -> float | None:
-        """Mean density of the sparse forwards of the latest run."""
-        return _mean([forward.density for forward in self.run]) if self.run else None
+        """Mean density over the sparse steps of the latest run."""
+        return _mean_of_steps((forward.step, forward.density) for forward in self.run)
 
     @property
     def error(self) -> Error | None:
-        """Mean error over layers and sparse forwards of the latest run; None without probes."""
-        return _mean_error(forward.error for forward in self.run)
+        """Mean error over layers and sparse steps of the latest run; None without probes."""
+        known = [(forward.step, forward.error) for forward in self.run if forward.error]
+        before = _mean_of_steps((step, error.before) for step, error in known)
+        after = _mean_of_steps((step, error.after) for step, error in known)
+        return None if before is None or after is None else Error(before, after)
 
     @property
     def worst_layer(self) -> str | None:
@@ -164,16 +167,16 @@ class TransformerReport:
             lines.append(f"  nothing   was skipped: {self.nothing_skipped}")
         if self.skipped_calls:
             lines.append(
-                f"  skipped   {self.skipped_calls} calls did not happen, a cache had their result; in "
+                f"  skipped   {self.skipped_calls} calls did not happen, a cache or another hook did without; in "
                 f"{self.skipped_forwards} of {sum(self.forwards.values())} forwards all of them"
             )
         return "\n".join(lines)
 
     def _density_line(self) -> str:
         if self.density is None:
-            return "no sparse call yet"
+            return "no sparse call in the latest run" if self.sparse_calls else "no sparse call yet"
         values = [forward.density for forward in self.run]
-        asked = _mean([forward.asked for forward in self.run])
+        asked = _mean_of_steps((forward.step, forward.asked) for forward in self.run)
         return f"{self.density:.3f} (forwards from {max(values):.3f} to {min(values):.3f}; asked for {asked:.3f})"
 
 
@@ -218,7 +221,7 @@ def report_on(component: str, attachment: Attachment, components: Components | N
         blocks=(facts[1], facts[2]) if facts else None,
         densities={path: of_last[path].density if path in of_last else None for path in records},
         errors={path: error for path, error in errors.items() if error},
-        run=tuple(_forward_report(forward.step, looks) for forward, looks in zip(log, of_run, strict=True)),
+        run=tuple(_forward_report(forward, looks) for forward, looks in zip(log, of_run, strict=True)),
         dense_layers=attachment.dense_layers,
         steps=dict(counts.steps),
         forwards=dict(counts.forwards),
@@ -261,9 +264,10 @@ def _read(vectors: Sequence[Tensor]) -> list[list[Any]]:
     return found
 
 
-def _forward_report(step: SparseStep, looks: dict[str, _Look]) -> ForwardReport:
+def _forward_report(forward: SparseForward, looks: dict[str, _Look]) -> ForwardReport:
     density = _mean([look.density for look in looks.values()])
-    return ForwardReport(step.number, 1 - step.sparsity, density, _mean_error(look.error for look in looks.values()))
+    error = _mean_error(look.error for look in looks.values()) if forward.most else None
+    return ForwardReport(forward.step.number, 1 - forward.step.sparsity, density, error)
 
 
 def _error(before: float, after: float, whole: float) -> Error | None:
@@ -278,6 +282,14 @@ def _bars(values: Iterable[tuple[int, float]]) -> list[str]:
 
 def _mean(values: Sequence[float]) -> float:
     return sum(values) / len(values)
+
+
+def _mean_of_steps(values: Iterable[tuple[int, float]]) -> float | None:
+    """Compute the mean over steps of the mean over each step's forwards, of which there may be one or several."""
+    by_step: dict[int, list[float]] = {}
+    for step, value in values:
+        by_step.setdefault(step, []).append(value)
+    return _mean([_mean(found) for found in by_step.values()]) if by_step else None
 
 
 def _mean_error(errors: Iterable[Error | None]) -> Error | None:

@@ -81,7 +81,7 @@ class Schedule:
 
     def _in_run(self, moment: Moment, least: float) -> SparseStep | None:
         last = len(moment.timesteps) - 1
-        first = moment.begin if self._never_dense else max(moment.begin, self._first_sparse_step(moment))
+        first = moment.joined if self._never_dense else max(moment.joined, self._first_sparse_step(moment))
         step = min(moment.step, last)
         if step < first:
             return None

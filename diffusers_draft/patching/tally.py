@@ -17,16 +17,20 @@ MOST_FORWARDS = 512
 
 
 class _RunLog:
-    """Sparse forwards of a run.
+    """Sparse forwards of a run. It must not hold the run's timesteps, with which it is to end.
+
+    Args:
+        known: whether a scheduler tells the run.
 
     Attributes:
         forwards: the last of them.
-        moment: of its latest forward, also if that was dense.
+        step: that its latest forward was of, also if that was dense; None where no run is known.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, known: bool) -> None:
+        self.known = known
         self.forwards: collections.deque[SparseForward] = collections.deque(maxlen=MOST_FORWARDS)
-        self.moment: Moment | None = None
+        self.step: int | None = None
 
 
 class _Running(NamedTuple):
@@ -63,7 +67,7 @@ class Tally:
         self.counts = Counts()
         self._dense_layers = dense_layers
         self._runs = WeakTensorKeyDictionary()
-        self._run = _RunLog()
+        self._run = _RunLog(known=False)
         self._running: list[_Running] = []
 
     @property
@@ -83,14 +87,17 @@ class Tally:
         del self._running[depth - 1 :]  # what was interrupted never ended
         around = {path: (one.ran, one.call) for path, one in self.records.items()} if self._running else {}
         if moment is not None:  # runs may take turns
-            self._run = self._runs.setdefault(moment.run, _RunLog())
+            self._run = self._runs.setdefault(moment.run, _RunLog(known=True))
+        elif self._run.known:  # nothing tells where such runs begin: what comes until a known one is one
+            self._run = _RunLog(known=False)
         self._running.append(_Running(step, replaced, self._run, around))
         kind = "sparse" if step else "dense"
         self.counts.forwards[kind] += 1
         self.counts.calls["replacement"] += replaced if step else 0
-        if moment is None or not moment.is_step_of(self._run.moment):
+        now = None if moment is None else moment.step
+        if now is None or now != self._run.step:
             self.counts.steps[kind] += 1
-        self._run.moment = moment
+        self._run.step = now
         for record in self.records.values():
             record.ran = ""
 
@@ -105,29 +112,33 @@ class Tally:
             Its sparse calls; None if it had none, or failed.
         """
         forward = self._running.pop()
-        self._count_calls(forward, failed)
+        skipped = self._count_calls(forward, failed)
         calls = {path: one.call for path, one in self.records.items() if one.call and one.ran == "sparse"}
         for path, (ran, call) in forward.around.items():
             self.records[path].ran, self.records[path].call = ran, call
         if failed or not forward.step or not calls:
             return None
-        found = SparseForward(forward.step, _of_all_heads(calls, ranks) if ranks else calls)
+        most = len(calls) >= skipped
+        found = SparseForward(forward.step, _of_all_heads(calls, ranks) if ranks else calls, most)
         forward.run.forwards.append(found)
         return found
 
-    def _count_calls(self, forward: _Running, failed: bool) -> None:
+    def _count_calls(self, forward: _Running, failed: bool) -> int:
+        """Count the calls of a forward that is over; return how many did not happen."""
         ran = collections.Counter(record.ran for record in self.records.values())
         counts = self.counts
         counts.calls["sparse"] += ran["sparse"]
         counts.calls["step"] += 0 if forward.step else ran["dense"]
         counts.calls["mask"] += ran["mask"]
         if failed:  # layers that it did not reach were not skipped
-            return
-        counts.calls["skipped"] += max(0, ran[""] - forward.replaced)  # what replaced ours may call it
+            return 0
+        skipped = max(0, ran[""] - forward.replaced)  # what replaced ours may call it
+        counts.calls["skipped"] += skipped
         if len(self.records) == ran[""] > 0 and not forward.replaced:
             counts.skipped_forwards += 1
         else:
             counts.calls["layer"] += self._dense_layers
+        return skipped
 
 
 def _of_all_heads(calls: dict[str, SparseCall], ranks: dist.ProcessGroup) -> dict[str, SparseCall]:

@@ -15,6 +15,7 @@ from torch.nn.functional import scaled_dot_product_attention
 
 from diffusers_draft.attention import kernels
 from diffusers_draft.attention.correct import probe_rows
+from diffusers_draft.attention.kernels import gather
 from diffusers_draft.attention.layout import token_layout
 
 pytestmark = pytest.mark.usefixtures("nan_memory")
@@ -418,6 +419,20 @@ def test_gradients_equal_the_oracle_s(budget, backend):
     )
     for ours, theirs in zip(found, expected, strict=True):
         assert oracle.error(ours, theirs.double()) <= FLOAT32_ERROR
+
+
+@pytest.mark.parametrize("position", range(3))
+def test_a_gradient_of_one_of_the_three(position, monkeypatch):
+    """A LoRA on to_q alone: what attention keeps for the query's gradient are keys and values."""
+    monkeypatch.setitem(gather.CHUNK_ELEMENTS, "cpu", 1)
+    case = Case(grid=(2, 11, 23), prefix=5, suffix=40, padding=(40, 3), heads=2, tile=(4, 8))
+    found = []
+    for tensors in (case.tensors(), [tensor.requires_grad_() for tensor in case.tensors()]):
+        tensors[position].requires_grad_()
+        out, _ = attend(case, tensors, "torch")
+        (gradient,) = torch.autograd.grad(out.square().sum(), tensors[position : position + 1])
+        found.append(gradient)
+    assert oracle.error(found[0], found[1].double()) <= FLOAT32_ERROR
 
 
 def test_gradients_flow_after_a_first_call_in_inference_mode():

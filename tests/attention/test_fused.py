@@ -113,6 +113,16 @@ def test_numbers_that_are_none_do_not_change_the_count(where: str, wrong: float,
         assert mask.to_dense().diagonal(dim1=-2, dim2=-1).all()
 
 
+@pytest.mark.parametrize("gap", [8, 12, 14, 16, 24, 40])
+def test_the_one_block_that_a_row_looks_at_is_kept_by_value(gap: float) -> None:
+    looked_at = torch.roll(torch.arange(32, device=DEVICE), 7)
+    code = torch.linalg.qr(tokens(1, 1, 32, 32).double())[0].float().contiguous()
+    values = tokens(1, 1, 32, 32).flip(-1)
+    mask = fused.select(gap * code, code[:, :, looked_at], values, 1.0, 0.9, "row", a_layout(32, 0), None)
+    kept = mask.to_dense()[0, 0]
+    assert all(kept[row, column] for column, row in enumerate(looked_at.tolist()))
+
+
 def test_select_in_parts_equals_select_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
     means = [tokens(2, 3, 11, 16) for _ in range(2)]
     whole = fused.select(*means, None, 0.2, 0.6, "head", a_layout(11, 1), None)

@@ -266,6 +266,23 @@ def test_explicit_backends_are_what_was_asked_for(fresh_choice):
         assert (choice.name, choice.reason) == (name, "asked for")
 
 
+@pytest.mark.parametrize("name", ["auto", "torch"])
+def test_a_device_that_was_full_once_costs_no_backend(name, fresh_choice, monkeypatch):
+    """A choice is for the life of the process."""
+    stock = kernels.load("torch").forward
+
+    def full(*arguments):
+        monkeypatch.setattr(kernels.load("torch"), "forward", stock)
+        raise torch.OutOfMemoryError("out of memory")
+
+    monkeypatch.setitem(kernels.AUTO, "cpu", ("torch", "reference"))
+    monkeypatch.setattr(kernels.load("torch"), "forward", full)
+    of_a_call = name, torch.device("cpu"), torch.float32, 64, 64
+    with pytest.raises(torch.OutOfMemoryError):
+        fresh_choice(*of_a_call)
+    assert fresh_choice(*of_a_call).name == "torch"
+
+
 def test_unknown_backend_is_refused_with_the_names(fresh_choice):
     with pytest.raises(ValueError, match=r"'falsh'") as error:
         fresh_choice("falsh", *KIND)

@@ -4,7 +4,7 @@ import torch
 from hypothesis import example, given
 from hypothesis import strategies as st
 
-from diffusers_draft.attention.draft import block_means, draft_map
+from diffusers_draft.attention.draft import block_means, draft_map, value
 from diffusers_draft.attention.select import BUDGETS, select
 
 BLOCK = 16
@@ -32,6 +32,30 @@ def problems(draw):
 
 
 sparsities = st.sampled_from([0.5, 0.75, 0.9]) | st.floats(0, 0.99)
+
+
+@pytest.mark.parametrize("budget", ["head", "row"])
+@pytest.mark.parametrize("wrong", [float("nan"), float("inf")])
+def test_scores_that_are_no_numbers_take_no_own_block_away(budget, wrong):
+    draft = random_map(1, 2, 12, 0)
+    draft[0, 0, 3] = wrong
+    mask = select(draft.clone(), 0.9, budget, seq_len=12 * BLOCK, block=BLOCK)
+    kept = mask.to_dense()
+    assert kept.diagonal(dim1=-2, dim2=-1).all()
+    assert (kept.sum((-2, -1)) == oracle.number_of_pairs(12, 0.9, budget)).all()
+
+
+@pytest.mark.parametrize("gap", [8, 12, 16, 20, 24, 40, 80])
+def test_the_one_block_that_a_row_looks_at_is_kept_by_value(gap):
+    """The output is that block's value up to rounding, and how far it is from it is not known."""
+    num_video = 48
+    logits = torch.randn(num_video, num_video, generator=torch.Generator().manual_seed(0))
+    looked_at = (torch.arange(num_video) + 7) % num_video
+    logits[torch.arange(num_video), looked_at] = gap
+    values = torch.randn(1, 1, num_video, 64, generator=torch.Generator().manual_seed(1)) + 10
+    scores = value(torch.softmax(logits, -1)[None, None], values)
+    kept = select(scores, 0.9, "row", seq_len=num_video * BLOCK, block=BLOCK).to_dense()[0, 0]
+    assert kept[torch.arange(num_video), looked_at].all()
 
 
 def test_there_are_two_budgets():

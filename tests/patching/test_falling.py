@@ -34,7 +34,7 @@ def densities(
     pipe = Loop(object(), transformer=None)
     schedule = schedule_for(pipe, families()["WanTransformer3DModel"], config)
     run = torch.tensor(timesteps)
-    found = [schedule.at(Moment(run, step, begin, timesteps), run[step]) for step in range(begin, steps)]
+    found = [schedule.at(Moment(run, step, begin, timesteps, begin), run[step]) for step in range(begin, steps)]
     assert all(step is None or step.number == begin + index for index, step in enumerate(found))
     return [None if step is None else 1 - step.sparsity for step in found]
 
@@ -246,6 +246,45 @@ def test_video_to_video_begins_in_the_middle() -> None:
         check_run(handle, 0.8, range(4, 8))
 
 
+@pytest.mark.parametrize("dense_steps", [None, 0.25])
+def test_video_to_video_with_a_scheduler_that_counts_before_the_first_step(dense_steps: float | None) -> None:
+    """Heun's sets its step_index when it adds the noise, and is told no begin_index."""
+    pipe = models.wan_video_to_video_pipeline()
+    pipe.scheduler = diffusers.FlowMatchHeunDiscreteScheduler(shift=5.0)
+    handle = enable_draft_attention(pipe, 0.8, dense_steps=dense_steps)
+    pipe(
+        video=[Image.new("RGB", (128, 256))] * 5,
+        prompt_embeds=models.random(1, 7, 8),
+        height=256,
+        width=128,
+        num_inference_steps=10,
+        strength=0.5,
+        guidance_scale=1.0,
+        output_type="latent",
+    )
+    report = one(handle)
+    dense = 2 if dense_steps else 0
+    assert report.steps == {"dense": dense, "sparse": 9 - dense}  # of second order: two forwards for all but one
+    check(list(asked(report).values()), 0.8)
+
+
+@pytest.mark.parametrize("pick", ["transformer_2", "pipe"])
+def test_settings_that_have_only_the_end_of_a_run_keep_their_mean(pick: str) -> None:
+    """One expert alone, and enabling in the middle of a run."""
+    pipe = wan_22() if pick == "transformer_2" else models.wan_pipeline()
+    handles = [] if pick == "pipe" else [enable_draft_attention(pipe.transformer_2, 0.8)]
+
+    def enable(pipe: Any, step: int, timestep: torch.Tensor, tensors: dict[str, Any]) -> dict[str, Any]:
+        if step == 4 and pick == "pipe":
+            handles.append(enable_draft_attention(pipe, 0.8))
+        return tensors
+
+    run_wan(pipe, steps=12, callback_on_step_end=enable)
+    report = one(handles[0])
+    assert report.steps["dense"] == 0 and report.steps["sparse"] < 12
+    check(list(asked(report).values()), 0.8)
+
+
 def test_custom_sigmas() -> None:
     """What counts is the number of the step, not its noise."""
     pipe = models.hunyuan_video_pipeline()
@@ -409,6 +448,10 @@ def test_the_first_block_cache_skips_calls_and_the_report_says_so() -> None:
     assert report.skipped_forwards == 0 and sum(report.dense_calls.values()) == 0
     assert f"skipped   {report.skipped_calls} calls did not happen" in str(report)
     assert [forward.step for forward in report.run] == [step for step in range(6) for _ in range(2)]
+    # What one layer measured is not a forward's error.
+    assert [forward.error is None for forward in report.run] == [False] * 2 + [True] * 10
+    errors = [forward.error.after for forward in report.run if forward.error]
+    assert report.error is not None and report.error.after == pytest.approx(mean(errors))
 
 
 def test_forwards_in_which_a_cache_has_everything() -> None:

@@ -372,7 +372,11 @@ def test_a_cache_that_skips_layers(usual_error: float) -> None:
     with enable_draft_attention(pipe, max_error=usual_error, tile=TILE, probes=16) as handle:
         run_wan(pipe, steps=8, grid=FINE)
         report = handle.report().transformers[0]
+        (attachment,) = handle._attachments.values()
+        steps = [forward.step.asked for forward in attachment.tally.log]
     assert report.skipped_calls > 0 and 0 < report.error.after < 1
+    # Only the first step's forwards were whole: one layer does not tell the error of the others.
+    assert [len(step.readings) for step in steps] == [2, 2] + [0] * 14
 
 
 def test_a_layer_whose_output_is_not_finite_is_left_out_of_the_decision() -> None:
@@ -410,6 +414,28 @@ def test_a_transformer_alone_goes_by_what_it_has_measured(usual_error: float) ->
                 model(**models.wan_inputs(1, FINE, timestep=1000 - 50 * step))
         run = handle.report().transformers[0].run[-20:]
     assert mean([forward.error.after for forward in run]) == pytest.approx(usual_error, rel=0.25)
+
+
+@pytest.mark.parametrize("goal", [{"sparsity": 0.8}, {"max_error": 0.05}])
+def test_settled_sparsity_is_the_mean_of_steps_however_many_forwards_each_has(goal: dict[str, float]) -> None:
+    """Guidance that ends early: the first steps, which are denser, have two forwards and the last ones one."""
+
+    def end_guidance(pipe: Any, step: int, timestep: torch.Tensor, tensors: dict[str, Any]) -> dict[str, Any]:
+        if step == 3:
+            pipe._guidance_scale = 1.0
+        return tensors
+
+    pipe = models.wan_pipeline()
+    with enable_draft_attention(pipe, tile=TILE, probes=16, **goal) as handle:
+        run_wan(pipe, steps=10, grid=FINE, callback_on_step_end=end_guidance)
+        report = handle.report().transformers[0]
+        settled = handle.settled_sparsity()
+    by_step = {forward.step: forward for forward in report.run}
+    assert len(report.run) == 14 and len(by_step) == 10
+    assert settled == pytest.approx(1 - mean([forward.asked for forward in by_step.values()]))
+    assert report.density == pytest.approx(mean([forward.density for forward in by_step.values()]))
+    if "sparsity" in goal:
+        assert settled == pytest.approx(0.8) and "asked for 0.200" in str(report)
 
 
 def test_settled_sparsity_needs_a_run() -> None:

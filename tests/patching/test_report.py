@@ -1,5 +1,6 @@
 import gc
 import math
+import weakref
 from typing import Any
 
 import models
@@ -469,6 +470,32 @@ def test_a_run_whose_calls_were_all_dense_after_one_that_was_not() -> None:
     assert one(handle).nothing_skipped is None
     run_wan(pipe, steps=1)
     assert "no call of the latest run was sparse" in str(one(handle))
+    assert "  density   no sparse call in the latest run\n" in str(one(handle))
+
+
+@pytest.mark.parametrize("goal", [{"sparsity": 0.5}, {"max_error": 0.05}])
+def test_runs_are_let_go(goal: dict[str, float]) -> None:
+    pipe = models.wan_pipeline()
+    handle = diffusers_draft.enable_draft_attention(pipe, **goal)
+    runs = []
+    for _ in range(3):
+        run_wan(pipe, steps=2)
+        runs.append(weakref.ref(one(handle) and pipe.scheduler.timesteps))
+    gc.collect()
+    assert [run() is None for run in runs] == [True, True, False]
+
+
+def test_forwards_behind_a_run_are_not_of_it() -> None:
+    """A loop of one's own, or training, after the validation video."""
+    pipe = models.wan_pipeline()
+    handle = diffusers_draft.enable_draft_attention(pipe, 0.5)
+    run_wan(pipe, steps=2)
+    assert len(one(handle).run) == 4
+    for timestep in (995, 505):
+        run(pipe.transformer, models.wan_inputs(timestep=timestep))
+    assert len(one(handle).run) == 2
+    run_wan(pipe, steps=3)
+    assert len(one(handle).run) == 6
 
 
 def test_runs_that_take_turns_are_counted_apart() -> None:
@@ -478,7 +505,7 @@ def test_runs_that_take_turns_are_counted_apart() -> None:
     for step in range(4):
         for run in RUNS:
             for _ in range(2):  # with the prompt and without
-                counted.begin(1, Moment(run, step, 0, (3.0, 2.0, 1.0, 0.0)), SparseStep(0.7, step), 0)
+                counted.begin(1, Moment(run, step, 0, (3.0, 2.0, 1.0, 0.0), 0), SparseStep(0.7, step), 0)
                 counted.records["layer"].ran = "sparse"
                 counted.records["layer"].call = SparseCall(None, empty, empty, empty)
                 counted.end(failed=False, ranks=None)

@@ -88,6 +88,7 @@ def choose(
         ValueError: if there is no backend of that name.
         ImportError: if the backend's package is missing.
         RuntimeError: if the backend cannot run here, fails the check, or has no backward and one is needed.
+        torch.OutOfMemoryError: if the device has too little memory left for the check.
     """
     check_name(name)
     if name != "auto":
@@ -104,6 +105,8 @@ def choose(
             continue
         try:
             forward = _checked(candidate, device, dtype, head_dim, block)
+        except torch.OutOfMemoryError:  # the next time it may work, and a choice is for good
+            raise
         except (ImportError, RuntimeError) as error:
             refused.append(f"{candidate}: {error}")
             continue

@@ -21,12 +21,13 @@ def forward(query: Tensor, key: Tensor, value: Tensor, mask: BlockMask, scale: f
     batch, seq_len, heads, head_dim = query.shape
     # Blocks start at multiples of `run` in every sample and head, so whole runs are copied instead of tokens.
     run = math.gcd(seq_len, mask.block)
+    keep = torch.is_grad_enabled() and any(tensor.requires_grad for tensor in (query, key, value))
     query, key, value = (tensor.transpose(1, 2).reshape(-1, run * head_dim) for tensor in (query, key, value))
     num_blocks = mask.kv_num_blocks.shape[-1]
     kv_indices = mask.kv_indices.reshape(-1, num_blocks)
     runs = torch.arange(mask.block // run, device=query.device)
     chunk_elements = CHUNK_ELEMENTS.get(query.device.type, 1 << 26)
-    gather = _Gather(key, value, most=max(chunk_elements, num_blocks * mask.block * head_dim))
+    gather = _Gather(key, value, most=0 if keep else max(chunk_elements, num_blocks * mask.block * head_dim))
     written, attended = [], []
 
     for (kv_blocks, queries, keys), rows in _rows_by_shape(mask).items():
@@ -46,12 +47,11 @@ def forward(query: Tensor, key: Tensor, value: Tensor, mask: BlockMask, scale: f
 
 
 class _Gather:
-    """Copies rows of tensors to the same memory again and again, unless autograd needs the copies."""
+    """Copies rows of tensors, at `most` so many elements to the same memory again and again; 0 keeps every copy."""
 
     def __init__(self, *tensors: Tensor, most: int) -> None:
         self.tensors = tensors
-        keep = torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors)
-        self.buffers = [None if keep else tensor.new_empty(most) for tensor in tensors]
+        self.buffers = [tensor.new_empty(most) if most else None for tensor in tensors]
 
     def __call__(self, rows: Tensor) -> list[Tensor]:
         pairs = zip(self.tensors, self.buffers, strict=True)

@@ -14,6 +14,7 @@ def check(name: str, forward, device: torch.device, dtype: torch.dtype, head_dim
 
     Raises:
         RuntimeError: if the backend fails, or if its result differs from the reference.
+        torch.OutOfMemoryError: if the device has too little memory left for the check.
     """
     if dtype not in TOLERANCE:
         raise RuntimeError(f"Backend {name!r} needs float64, float32, float16 or bfloat16 tensors, got {dtype}.")
@@ -23,6 +24,8 @@ def check(name: str, forward, device: torch.device, dtype: torch.dtype, head_dim
             query, key, value, mask = _problem(device, dtype, head_dim, block)
         try:
             out = forward(query, key, value, mask, scale)
+        except torch.OutOfMemoryError:  # says nothing about the backend
+            raise
         except Exception as failure:
             raise RuntimeError(f"Backend {name!r} cannot run on {device} in {dtype}: {failure}") from failure
         exact = torch.promote_types(dtype, torch.float32)

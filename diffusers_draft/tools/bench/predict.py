@@ -23,7 +23,7 @@ def densities_of_run(name: str, config: DraftConfig, num_steps: int) -> list[flo
     schedule = schedule_for(SimpleNamespace(scheduler=scheduler), _family(name), config)
     timesteps = scheduler.timesteps
     run = tuple(timesteps.tolist())
-    steps = [schedule.at(Moment(timesteps, step, 0, run), timesteps[step]) for step in range(num_steps)]
+    steps = [schedule.at(Moment(timesteps, step, 0, run, 0), timesteps[step]) for step in range(num_steps)]
     return [1 - step.sparsity if step else None for step in steps]
 
 
