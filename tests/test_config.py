@@ -348,3 +348,9 @@ def test_kv_len_out_of_range_is_refused(kv_len):
 def test_the_limits_of_kv_len_are_allowed():
     out = draft_attention(tokens(), tokens(), tokens(), GRID, prefix=10, kv_len=torch.tensor([138, 200]))
     assert out.shape == (2, 200, 3, 32)
+
+
+@pytest.mark.parametrize("goal", ["sparsity", "max_error"])
+def test_a_goal_may_be_any_real_number_and_is_kept_as_a_float(goal):
+    found = getattr(DraftConfig(**{goal: Fraction(1, 4)}), goal)
+    assert found == 0.25 and type(found) is float

@@ -746,6 +746,32 @@ def test_an_inner_context_gives_the_outer_settings_back() -> None:
     assert processors(pipe.transformer) == stock and sparsity_of(pipe.transformer) is None
 
 
+def test_a_handle_entered_twice_holds_until_the_outer_context_ends() -> None:
+    model = models.wan()
+    handle = enable_draft_attention(model, 0.5)
+    with handle:
+        with handle:
+            pass
+        assert sparsity_of(model) == 0.5
+    assert sparsity_of(model) is None
+
+
+def test_a_config_in_the_place_of_the_sparsity_is_refused() -> None:
+    model = models.wan()
+    with pytest.raises(TypeError, match=r"argument is the sparsity, got a DraftConfig\. Give it as config="):
+        enable_draft_attention(model, DraftConfig())  # type: ignore[arg-type]
+    assert sparsity_of(model) is None
+
+
+def test_a_call_without_an_argument_says_which() -> None:
+    model = models.hunyuan_video()
+    inputs = models.hunyuan_video_inputs()
+    del inputs["encoder_attention_mask"]
+    enable_draft_attention(model, 0.5)
+    with pytest.raises(TypeError, match="called without the argument 'encoder_attention_mask'"):
+        model(**inputs)
+
+
 @pytest.mark.parametrize("how", ["left", "disabled", "replaced"])
 def test_a_handle_that_is_not_in_force_cannot_be_entered(how: str) -> None:
     model = models.wan()
