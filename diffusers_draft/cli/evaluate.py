@@ -63,7 +63,8 @@ def add_parser(subparsers: argparse._SubParsersAction) -> None:
     parser.add_argument("--vbench", action="store_true", help="score the clips with VBench")
     parser.add_argument(
         "--attention", type=whole(0), nargs="?", const=4, default=0, metavar="PROMPTS",
-        help="also measure attention calls, on so many prompts (4 without a number), all at the mean sparsity",
+        help="also measure attention calls, on so many prompts (4 without a number), all at the mean sparsity, "
+        "without the schedule",
     )  # fmt: skip
     parser.set_defaults(run=run)
 
