@@ -318,7 +318,8 @@ def test_what_was_measured_before_an_error_is_in_the_record(tmp_path, monkeypatc
     table = tmp_path / "x.json"
     with pytest.raises(SystemExit):
         main([*TINY, "--seconds", "0.01", "--json", str(table)])
-    assert [row["name"] for row in json.loads(table.read_text())["rows"]] == ["sdpa", "draft torch"]
+    names = [row["name"] for row in json.loads(table.read_text())["rows"]]
+    assert names == ["diffusers default", "sdpa", "draft torch"]
 
 
 def test_a_link_stays_a_link(tmp_path: Path) -> None:
