@@ -22,6 +22,7 @@ from diffusers import (
     WanVACETransformer3DModel,
     WanVideoToVideoPipeline,
 )
+from PIL import Image
 from tiny import (
     FLOAT32_ERROR as FLOAT32_ERROR,
 )
@@ -273,6 +274,20 @@ def wan_video_to_video_pipeline() -> WanVideoToVideoPipeline:
     pipe = WanVideoToVideoPipeline(**{name: components[name] for name in names})
     pipe.set_progress_bar_config(disable=True)
     return pipe
+
+
+def run_video_to_video(pipe: Any, *, height: int, width: int, steps: int) -> Tensor:
+    """The second half of a run, without guidance."""
+    return pipe(
+        video=[Image.new("RGB", (width, height))] * 5,
+        prompt_embeds=random(1, 7, 8),
+        height=height,
+        width=width,
+        num_inference_steps=steps,
+        strength=0.5,
+        guidance_scale=1.0,
+        output_type="latent",
+    ).frames
 
 
 def run_wan(pipe: Any, *, grid: Grid = RAGGED, steps: int = 4, output_type: str = "latent", **options: Any) -> Tensor:

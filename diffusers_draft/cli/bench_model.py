@@ -108,12 +108,12 @@ def run_runs(args: argparse.Namespace) -> None:
     facts = environment(DEVICE)
     print(", ".join(f"{key} {value}" for key, value in facts.items()))
     options = {"compiled": args.compile, "backend": args.backend, "steps": args.steps, "dense_steps": timed}
+    record: dict[str, Any] = {"environment": facts, "model": args.model, "options": options}
     runs = []
     with one_line(torch.OutOfMemoryError):
         for run in _runs(args, configs, timed):
             runs.append(run)
             print(_line(run, runs[0]))
-            record = {"environment": facts, "model": args.model, "options": options}
             write_record(args.json, record | {"runs": [asdict(run) for run in runs]})
 
 

@@ -106,10 +106,10 @@ class TransformerReport:
     @property
     def error(self) -> Error | None:
         """Mean error over layers and sparse steps of the latest run; None without probes."""
-        known = [(forward.step, forward.error) for forward in self.run if forward.error]
-        before = _mean_of_steps((step, error.before) for step, error in known)
-        after = _mean_of_steps((step, error.after) for step, error in known)
-        return None if before is None or after is None else Error(before, after)
+        by_step: dict[int, list[Error | None]] = {}
+        for forward in self.run:
+            by_step.setdefault(forward.step, []).append(forward.error)
+        return _mean_error(map(_mean_error, by_step.values()))
 
     @property
     def worst_layer(self) -> str | None:

@@ -19,16 +19,12 @@ MOST_FORWARDS = 512
 class _RunLog:
     """Sparse forwards of a run. It must not hold the run's timesteps, with which it is to end.
 
-    Args:
-        known: whether a scheduler tells the run.
-
     Attributes:
         forwards: the last of them.
         step: that its latest forward was of, also if that was dense; None where no run is known.
     """
 
-    def __init__(self, known: bool) -> None:
-        self.known = known
+    def __init__(self) -> None:
         self.forwards: collections.deque[SparseForward] = collections.deque(maxlen=MOST_FORWARDS)
         self.step: int | None = None
 
@@ -67,7 +63,7 @@ class Tally:
         self.counts = Counts()
         self._dense_layers = dense_layers
         self._runs = WeakTensorKeyDictionary()
-        self._run = _RunLog(known=False)
+        self._run = _RunLog()
         self._running: list[_Running] = []
 
     @property
@@ -87,9 +83,9 @@ class Tally:
         del self._running[depth - 1 :]  # what was interrupted never ended
         around = {path: (one.ran, one.call) for path, one in self.records.items()} if self._running else {}
         if moment is not None:  # runs may take turns
-            self._run = self._runs.setdefault(moment.run, _RunLog(known=True))
-        elif self._run.known:  # nothing tells where such runs begin: what comes until a known one is one
-            self._run = _RunLog(known=False)
+            self._run = self._runs.setdefault(moment.run, _RunLog())
+        elif self._run.step is not None:  # nothing tells where such runs begin: what comes until a known one is one
+            self._run = _RunLog()
         self._running.append(_Running(step, replaced, self._run, around))
         kind = "sparse" if step else "dense"
         self.counts.forwards[kind] += 1

@@ -13,7 +13,6 @@ from diffusers import FlowMatchEulerDiscreteScheduler
 from hypothesis import example, given
 from hypothesis import strategies as st
 from models import RAGGED, TINY, Loop, run_hunyuan_video, run_wan
-from PIL import Image
 
 from diffusers_draft import DraftConfig, DraftHandle, enable_draft_attention, schedules
 from diffusers_draft.families import families, family_of
@@ -233,16 +232,7 @@ def test_video_to_video_begins_in_the_middle() -> None:
     pipe = models.wan_video_to_video_pipeline()
     handle = enable_draft_attention(pipe, 0.8)
     for _ in range(2):
-        pipe(
-            video=[Image.new("RGB", (128, 256))] * 5,
-            prompt_embeds=models.random(1, 7, 8),
-            height=256,
-            width=128,
-            num_inference_steps=8,
-            strength=0.5,
-            guidance_scale=1.0,
-            output_type="latent",
-        )
+        models.run_video_to_video(pipe, height=256, width=128, steps=8)
         check_run(handle, 0.8, range(4, 8))
 
 
@@ -252,16 +242,7 @@ def test_video_to_video_with_a_scheduler_that_counts_before_the_first_step(dense
     pipe = models.wan_video_to_video_pipeline()
     pipe.scheduler = diffusers.FlowMatchHeunDiscreteScheduler(shift=5.0)
     handle = enable_draft_attention(pipe, 0.8, dense_steps=dense_steps)
-    pipe(
-        video=[Image.new("RGB", (128, 256))] * 5,
-        prompt_embeds=models.random(1, 7, 8),
-        height=256,
-        width=128,
-        num_inference_steps=10,
-        strength=0.5,
-        guidance_scale=1.0,
-        output_type="latent",
-    )
+    models.run_video_to_video(pipe, height=256, width=128, steps=10)
     report = one(handle)
     dense = 2 if dense_steps else 0
     assert report.steps == {"dense": dense, "sparse": 9 - dense}  # of second order: two forwards for all but one

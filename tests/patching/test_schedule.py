@@ -19,7 +19,6 @@ from diffusers import (
 )
 from models import Loop, run_hunyuan_video, run_wan
 from paper import enable_draft_attention
-from PIL import Image
 
 import diffusers_draft
 from diffusers_draft import DraftHandle
@@ -203,16 +202,7 @@ def test_wan_video_to_video(options: dict[str, float], dense: int) -> None:
     pipe = models.wan_video_to_video_pipeline()
     handle = enable_draft_attention(pipe, **options)
     seen = watch(handle, pipe.transformer)
-    pipe(
-        video=[Image.new("RGB", (64, 64))] * 5,
-        prompt_embeds=models.random(1, 7, 8),
-        height=64,
-        width=64,
-        num_inference_steps=8,
-        strength=0.5,
-        guidance_scale=1.0,
-        output_type="latent",
-    )
+    models.run_video_to_video(pipe, height=64, width=64, steps=8)
     assert pipe.scheduler.timesteps[4:7].tolist() == pytest.approx([750, 643, 500], abs=1)
     assert seen == [True] * dense + [False] * (4 - dense)
     assert counts(handle, "steps") == {"dense": dense, "sparse": 4 - dense}
