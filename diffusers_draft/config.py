@@ -120,6 +120,18 @@ def parse_share(text: str) -> float:
     return int(text) if text.strip().isdecimal() else float(text)
 
 
+def parse_layers(text: str) -> tuple[int, ...]:
+    """Read layer indices: `0+1` are two layers and `none` is no layer.
+
+    Raises:
+        ValueError: if that is not what the text is.
+    """
+    indices = [] if text == "none" else text.split("+")
+    if not all(index.isdecimal() for index in indices):
+        raise ValueError("expected indices joined by +, as in 0+1, or none")
+    return tuple(map(int, indices))
+
+
 def _share(steps: Any) -> float:
     # A whole number may mean so many steps; 0 is the same either way.
     counts_steps = isinstance(steps, Integral) and steps != 0

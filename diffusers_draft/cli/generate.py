@@ -12,7 +12,7 @@ from ..config import SPARSITY
 from ..schedules import SCHEDULES
 from . import CommandError, one_line
 from .model_options import add_model_options, call, check_backend, image, loaded
-from .option_types import DEFAULT, seed, share
+from .option_types import DEFAULT, finite, layers, seed, share
 from .packages import check_packages
 from .ranks import Ranks, add_ulysses, together
 
@@ -51,6 +51,8 @@ def add_parser(subparsers: argparse._SubParsersAction) -> None:
         metavar="SHARE",
         help="of the run that stays dense (default: by the schedule)",
     )
+    parser.add_argument("--dense-timestep", type=finite, metavar="X", help="steps above it stay dense")
+    parser.add_argument("--dense-layers", type=layers, metavar="N+N", help="that stay dense, for example 0+1, or none")
     parser.add_argument("--backend", default=draft.backend, help=f"what computes the sparse attention ({DEFAULT})")
     parser.add_argument("--dense", action="store_true", help="leave draft attention out, to compare with")
     parser.add_argument("--output", type=Path, default=Path("out.mp4"), metavar="FILE", help="default: out.mp4")
@@ -84,6 +86,8 @@ def _run(args: argparse.Namespace, ranks: Ranks) -> None:
             budget=args.budget,
             tile=parse_tile(args.tile),
             dense_steps=args.dense_steps,
+            dense_timestep=args.dense_timestep,
+            dense_layers=args.dense_layers,
             backend=args.backend,
         )
         if ranks.first:

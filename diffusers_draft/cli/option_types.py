@@ -6,7 +6,7 @@ from collections.abc import Callable
 
 import torch
 
-from ..config import parse_share
+from ..config import parse_layers, parse_share
 
 DEFAULT = "default: %(default)s"
 """For help texts: argparse fills it in."""
@@ -65,6 +65,14 @@ def share(text: str) -> float:
         return parse_share(text)
     except ValueError as error:
         raise argparse.ArgumentTypeError(f"must be a share of the run in [0, 1], as 0.25, got {text!r}") from error
+
+
+def layers(text: str) -> tuple[int, ...]:
+    """Read layer indices, as `parse_layers` does."""
+    try:
+        return parse_layers(text)
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(f"{error}, got {text!r}") from error
 
 
 def seed(text: str) -> int:

@@ -5,7 +5,7 @@ from typing import Any
 
 from . import splits
 from .family import Family, Inputs, VideoTokens
-from .locate.latents import channels_first, patched
+from .locate.latents import channels_first, latents_shape, patched
 
 
 def controlled(inputs: Inputs, config: Any) -> VideoTokens:
@@ -13,7 +13,8 @@ def controlled(inputs: Inputs, config: Any) -> VideoTokens:
 
     As in diffusers, controlnet_cosmos.py `forward`.
     """
-    return VideoTokens(grid=patched(inputs["controls_latents"].shape[2:], config.patch_size))
+    sizes = latents_shape(inputs, "B, C, F, H, W", name="controls_latents")[2:]
+    return VideoTokens(grid=patched(sizes, config.patch_size))
 
 
 COSMOS = Family(

@@ -1,33 +1,16 @@
 """What really happened: a report made from what the hot path left behind, only when it is asked for."""
 
-import itertools
 import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from typing import Any, NamedTuple
-
-import torch
-from torch import Tensor
 
 from ..attention import kernels
 from ..config import DraftConfig
 from .attachment import Attachment
 from .chart import chart
 from .components import Components, is_in
-from .records import SparseCall, SparseForward
-
-
-@dataclass(frozen=True)
-class Error:
-    """Relative error of an attention output, measured on the probes; NaN, also in means, if the output has NaN.
-
-    Attributes:
-        before: of the sparse output, without correction.
-        after: of the corrected one, with each probe left out of its own fit. Both are 0 where nothing was skipped.
-    """
-
-    before: float
-    after: float
+from .measured import Error, Measured, measured
+from .records import SparseForward
 
 
 @dataclass(frozen=True)
@@ -203,7 +186,7 @@ def report_on(component: str, attachment: Attachment, components: Components | N
     block = attachment.config.block
     last = {path: record.call for path, record in records.items() if record.call}
     calls = [*last.values(), *(call for forward in log for call in forward.calls.values())]
-    found = dict(zip(map(id, calls), _look(calls, block, attachment.config.probes > 0), strict=True))
+    found = dict(zip(map(id, calls), measured(calls, block, attachment.config.probes > 0), strict=True))
     of_last = {path: found[id(call)] for path, call in last.items()}
     of_run = [{path: found[id(call)] for path, call in forward.calls.items()} for forward in log]
     facts = next(iter(last.values())).facts.tolist() if last else None
@@ -221,7 +204,7 @@ def report_on(component: str, attachment: Attachment, components: Components | N
         blocks=(facts[1], facts[2]) if facts else None,
         densities={path: of_last[path].density if path in of_last else None for path in records},
         errors={path: error for path, error in errors.items() if error},
-        run=tuple(_forward_report(forward, looks) for forward, looks in zip(log, of_run, strict=True)),
+        run=tuple(_forward_report(*one) for one in zip(log, of_run, strict=True)),
         dense_layers=attachment.dense_layers,
         steps=dict(counts.steps),
         forwards=dict(counts.forwards),
@@ -232,47 +215,10 @@ def report_on(component: str, attachment: Attachment, components: Components | N
     )
 
 
-class _Look(NamedTuple):
-    """What one sparse call tells."""
-
-    density: float
-    error: Error | None
-
-
-def _look(calls: Sequence[SparseCall], block: int, probed: bool) -> list[_Look]:
-    """Look into calls, waiting for each device once for each kind of what they left."""
-    lengths = iter(_read([call.kv_len for call in calls if call.kv_len is not None]))
-    found = []
-    for call, pairs, squares in zip(
-        calls, _read([call.pairs for call in calls]), _read([call.squares for call in calls]), strict=True
-    ):
-        heads, blocks = call.facts.tolist()[:2]
-        valid = [blocks] * len(pairs) if call.kv_len is None else [-(-length // block) for length in next(lengths)]
-        density = sum(pairs) / (sum(valid) * heads * blocks)
-        found.append(_Look(density, Error(0.0, 0.0) if probed and density == 1 else _error(*squares)))
-    return found
-
-
-def _read(vectors: Sequence[Tensor]) -> list[list[Any]]:
-    """Read vectors of any lengths, those of a device together."""
-    found: list[list[Any]] = [[] for _ in vectors]
-    for device in {vector.device for vector in vectors}:
-        there = [number for number, vector in enumerate(vectors) if vector.device == device]
-        values = iter(torch.cat([vectors[number] for number in there]).tolist())
-        for number in there:
-            found[number] = list(itertools.islice(values, len(vectors[number])))
-    return found
-
-
-def _forward_report(forward: SparseForward, looks: dict[str, _Look]) -> ForwardReport:
-    density = _mean([look.density for look in looks.values()])
-    error = _mean_error(look.error for look in looks.values()) if forward.most else None
+def _forward_report(forward: SparseForward, calls: dict[str, Measured]) -> ForwardReport:
+    density = _mean([call.density for call in calls.values()])
+    error = _mean_error(call.error for call in calls.values()) if forward.most else None
     return ForwardReport(forward.step.number, 1 - forward.step.sparsity, density, error)
-
-
-def _error(before: float, after: float, whole: float) -> Error | None:
-    """Compute relative errors from sums of squares; None where nothing was measured."""
-    return Error(math.sqrt(before / whole), math.sqrt(after / whole)) if whole else None
 
 
 def _bars(values: Iterable[tuple[int, float]]) -> list[str]:

@@ -12,7 +12,7 @@ from diffusers_draft.attention.block_mask import BlockMask
 from diffusers_draft.attention.correct import probe_rows
 from diffusers_draft.attention.ops import Attended, attend
 from diffusers_draft.patching.forward import AttentionCall
-from diffusers_draft.patching.report import Error
+from diffusers_draft.patching.measured import Error
 
 pytestmark = pytest.mark.usefixtures("nan_memory")
 

@@ -93,6 +93,21 @@ def _cast(inputs: models.Inputs, dtype: torch.dtype) -> models.Inputs:
     return inputs | {name: value.to(dtype) for name, value in floats.items()}
 
 
+@pytest.mark.parametrize("name", [*TINY])
+def test_latents_without_a_batch_are_refused_by_their_shape(name: str) -> None:
+    tiny = TINY[name]
+    inputs = tiny.inputs()
+    found = {key: value for key, value in inputs.items() if torch.is_tensor(value) and value.dim() == 5}
+    latents = "controls_latents" if "controls_latents" in found else "hidden_states"
+    if latents not in found:
+        pytest.skip("it takes packed latents")
+    model = tiny.build()
+    enable_draft_attention(model)
+    with pytest.raises(ValueError, match=rf"{latents} must be latents of shape \(B, .*\), got \(\d+, \d+, \d+, \d+\)"):
+        model(**inputs | {latents: found[latents][0]})
+    forward(model, inputs)
+
+
 @pytest.mark.parametrize("batch", [1, 2])
 @pytest.mark.parametrize("name", TINY)
 def test_sparse_equals_draft_attention_put_into_the_stock_model(name: str, batch: int) -> None:

@@ -92,6 +92,13 @@ def test_writes_the_video_of_a_plain_pipeline_call(name, layers, steps, folder, 
     assert distance(frames, expected) < 0.6 * distance(frames, other)  # H.264 blurs what looks like noise
 
 
+def test_steps_and_layers_that_stay_dense(folder, tmp_path, capsys):
+    options = ["--dense-timestep", "900", "--dense-layers", "0+2"]
+    generate("--model", folder / "wan", *SMALL, *options, "--output", tmp_path / "video.mp4")
+    printed = capsys.readouterr().out
+    assert "layers    1 sparse, 2 dense" in printed and "steps     3 sparse, 1 dense" in printed
+
+
 def distance(frames, video):
     return np.abs(frames - 255.0 * video).mean()
 
@@ -308,6 +315,8 @@ def nothing_is_loaded(monkeypatch):
         (["--seed", str(2**64)], "--seed: must be below 2^63"),
         (["--probes", "-1"], "probes must be a whole number of rows"),
         (["--dense-steps", "x"], "--dense-steps: must be a share of the run in [0, 1], as 0.25, got 'x'"),
+        (["--dense-timestep", "nan"], "--dense-timestep: must be a finite number, got 'nan'"),
+        (["--dense-layers", "0,1"], "--dense-layers: expected indices joined by +, as in 0+1, or none, got '0,1'"),
     ],
 )
 def test_options_are_checked_before_the_model_is_loaded(options, message, tmp_path, nothing_is_loaded, capsys):

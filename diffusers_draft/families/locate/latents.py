@@ -22,9 +22,21 @@ def patch_of(config: Any) -> Sequence[int]:
     return (getattr(config, "patch_size_t", None) or 1, size, size) if isinstance(size, int) else size
 
 
+def latents_shape(inputs: Inputs, layout: str, name: str = "hidden_states") -> torch.Size:
+    """Get the shape of the latents of a forward, as `layout` says: five letters.
+
+    Raises:
+        ValueError: if they do not have five dimensions.
+    """
+    shape = inputs[name].shape
+    if len(shape) != 5:
+        raise ValueError(f"{name} must be latents of shape ({layout}), got {tuple(shape)}.")
+    return shape
+
+
 def channels_first(inputs: Inputs, config: Any) -> VideoTokens:
     """Locate the video tokens, all tokens of `hidden_states` `(B, C, F, H, W)`."""
-    return VideoTokens(grid=patched(inputs["hidden_states"].shape[2:], patch_of(config)))
+    return VideoTokens(grid=patched(latents_shape(inputs, "B, C, F, H, W")[2:], patch_of(config)))
 
 
 def in_front_of_text(inputs: Inputs, config: Any) -> VideoTokens:
@@ -39,12 +51,12 @@ def in_front_of_text(inputs: Inputs, config: Any) -> VideoTokens:
 
 def channels_last(inputs: Inputs, config: Any) -> VideoTokens:
     """Locate the video tokens, all tokens of `hidden_states` `(B, F, H, W, C)`."""
-    return VideoTokens(grid=patched(inputs["hidden_states"].shape[1:4], patch_of(config)))
+    return VideoTokens(grid=patched(latents_shape(inputs, "B, F, H, W, C")[1:4], patch_of(config)))
 
 
 def frames_first(inputs: Inputs, config: Any) -> VideoTokens:
     """Locate the video tokens, all tokens of `hidden_states` `(B, F, C, H, W)`."""
-    frames, _, rows, columns = inputs["hidden_states"].shape[1:]
+    frames, _, rows, columns = latents_shape(inputs, "B, F, C, H, W")[1:]
     return VideoTokens(grid=patched((frames, rows, columns), patch_of(config)))
 
 

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from ...attention.method import format_tile, parse_tile
-from ...config import DraftConfig, parse_share
+from ...config import DraftConfig, parse_layers, parse_share
 from .selection import SELECTIONS
 
 ALWAYS_NAMED = ("sparsity", "schedule", "score", "probes", "budget", "tile")
@@ -48,13 +48,6 @@ def _number(text: str, kind: Callable[[str], float] = float) -> float:
         raise ValueError(f"expected a {'whole number' if kind is int else 'number'}") from None
 
 
-def _layers(text: str) -> tuple[int, ...]:
-    indices = [] if text == "none" else text.split("+")
-    if not all(index.isdecimal() for index in indices):
-        raise ValueError("expected indices joined by +, as in 0+1, or none")
-    return tuple(map(int, indices))
-
-
 def _selection(text: str) -> str:
     if text not in SELECTIONS:
         raise ValueError(f"expected one of {', '.join(SELECTIONS)}")
@@ -71,7 +64,7 @@ PARSERS: dict[str, Callable[[str], Any]] = {
     "tile": parse_tile,
     "dense_steps": parse_share,
     "dense_timestep": _number,
-    "dense_layers": _layers,
+    "dense_layers": parse_layers,
     "backend": str,
     "selection": _selection,
 }
