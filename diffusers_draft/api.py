@@ -56,15 +56,19 @@ class DraftHandle:
     def settled_sparsity(self) -> float:
         """Compute the mean sparsity that the latest run arrived at: given as `sparsity`, later runs need no feedback.
 
+        A run that stopped before the second of two experts had a step leaves that expert with the run before.
+
         Raises:
             RuntimeError: if no sparse step ran yet.
         """
-        forwards = [forward for attachment in self._attachments.values() for forward in attachment.tally.log]
-        if not forwards:
+        steps = {  # of which each may have one or several forwards
+            (name, forward.number): forward.step.sparsity
+            for name, attachment in self._attachments.items()
+            for forward in attachment.tally.log
+        }
+        if not steps:
             raise RuntimeError("No sparse step ran yet: run the pipeline once, then ask what sparsity it arrived at.")
-        # Steps may have one or several forwards. Where no run is known every forward has a density of its own.
-        steps = {(forward.step.number, id(forward.step.asked)): forward.step for forward in forwards}
-        return sum(step.sparsity for step in steps.values()) / len(steps)
+        return sum(steps.values()) / len(steps)
 
     def disable(self) -> None:
         """Restore the stock attention bit for bit. Harmless when done twice or after enabling again.

@@ -80,7 +80,7 @@ class DraftConfig(Method):
                 f"Give sparsity or max_error and leave the other None, got sparsity={self.sparsity!r}, "
                 f"max_error={self.max_error!r}."
             )
-        if not is_number(self.max_error) or not 0 < self.max_error < 1:
+        if not is_number(self.max_error) or not 0 < float(self.max_error) < 1:
             raise ValueError(f"max_error is a relative error and must be in (0, 1), got {self.max_error!r}.")
         object.__setattr__(self, "max_error", float(self.max_error))
 

@@ -53,6 +53,7 @@ def value(draft: Tensor, value_means: Tensor) -> Tensor:
         `(B, H, Nv, Nv)` float32, not negative.
     """
     with torch.autocast(draft.device.type, enabled=False):
+        value_means = value_means - value_means.mean(-2, keepdim=True)  # distances stay, and are not lost in rounding
         far = torch.cdist(draft @ value_means, value_means, compute_mode="donot_use_mm_for_euclid_dist")
         usual = far.square().mean(-1, keepdim=True).sqrt()  # of a row: what is not finite stays in its own
         return draft * far.clamp(min=NEAREST * usual)

@@ -144,7 +144,7 @@ def format_tile(tile: Tile) -> str:
 
 def check_sparsity(sparsity: float) -> None:
     """Raise ValueError unless the sparsity is a number in [0, 1)."""
-    if not _is_real(sparsity) or not 0 <= sparsity < 1:
+    if not is_number(sparsity) or not 0 <= float(sparsity) < 1:
         raise ValueError(f"sparsity must be in [0, 1), got {sparsity!r}. Use 0.9 to skip 90 % of the pairs.")
 
 

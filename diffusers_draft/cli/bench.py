@@ -86,11 +86,18 @@ def run_attention(args: argparse.Namespace) -> None:
     case = Case(shape, inputs, args.seconds)
     record: dict[str, Any] = {"environment": facts, "name": name, "shape": vars(shape), "dtype": str(dtype)}
     record |= {"tile": methods[0].tile, "inputs": kind}
-    with one_line(torch.OutOfMemoryError), torch.inference_mode():
-        rows = list(run_dense(case))
-        for line in table_lines([*rows], _kept(_sparse_rows(args, case, methods), rows), shape):
-            print(line, flush=True)
+    rows: list[Row] = []
+
+    def recorded(new: Iterator[Row]) -> Iterator[Row]:
+        for row in new:
+            rows.append(row)
             write_record(args.json, record | {"rows": [asdict(row) for row in rows]})
+            yield row
+
+    with one_line(torch.OutOfMemoryError), torch.inference_mode():
+        dense = list(recorded(run_dense(case)))
+        for line in table_lines(dense, recorded(_sparse_rows(args, case, methods)), shape):
+            print(line, flush=True)
     title = f"{name}, {facts['device']}, {str(dtype).removeprefix('torch.')}"
     if args.plot:
         write_output(args.plot, lambda path: plot(rows, path, title))
@@ -126,12 +133,6 @@ def _shape(args: argparse.Namespace) -> tuple[str, Shape]:
         raise CommandError(f"{', '.join(map(_option, given))}: only beside --grid. Every --shape has its own.")
     name = args.shape or ("cpu-10k" if args.device.type == "cpu" else "hunyuan-768p")
     return name, SHAPES[name]
-
-
-def _kept(rows: Iterator[Row], into: list[Row]) -> Iterator[Row]:
-    for row in rows:
-        into.append(row)
-        yield row
 
 
 def _option(name: str) -> str:

@@ -131,8 +131,10 @@ def _settings(args: argparse.Namespace) -> list[Any]:
     from ..tools.evaluation import grid, parse_setting
     from ..tools.evaluation.settings import parse_value
 
-    given = {key: texts for option in LISTS if (texts := getattr(args, key := option.replace("-", "_")))}
-    lists = {key: [parse_value(key, text) for text in texts] for key, texts in given.items()}
+    lists = {}
+    for key in (option.replace("-", "_") for option in LISTS):
+        if texts := getattr(args, key):
+            lists[key] = [parse_value(key, text) for text in texts]
     if not lists and not args.setting:
         raise ValueError("There is nothing to compare: give --sparsity 0.5 0.75 0.9, other lists, or --setting.")
     return list(dict.fromkeys((grid(**lists) if lists else []) + [parse_setting(text) for text in args.setting]))

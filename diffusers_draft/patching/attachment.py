@@ -205,7 +205,7 @@ class Attachment(StockWhenCopied):
             if self.forward.end(output):  # not if it failed before it began, or was no new one
                 ranks = self.forward.ranks if self.config.probes else None
                 sparse = self.tally.end(failed=output is None, ranks=ranks)
-                if sparse and sparse.most and sparse.step.asked:
+                if sparse and sparse.mostly_ran and sparse.step.asked:
                     sparse.step.asked.readings.append(Reading(call.squares for call in sparse.calls.values()))
         finally:
             self.forward.leave()

@@ -93,9 +93,10 @@ class Clock:
         expected = timesteps[min(step, len(timesteps) - 1)]
         if self._compares(pipe, scheduler, timestep) and not _is_at(timestep, expected):
             return None
-        noted: _Noted = self._noted.get(run) or _Noted(self._begin(pipe, scheduler, step), step, step)
+        noted: _Noted | None = self._noted.get(run)
+        begin, joined = (noted.begin, noted.joined) if noted else (self._begin(pipe, scheduler, step), step)
         # A first step that was only guessed may be too late.
-        return Moment(run, step, min(noted.begin, step), timesteps, min(noted.joined, step))
+        return Moment(run, step, min(begin, step), timesteps, min(joined, step))
 
     def note(self, moment: Moment | None) -> None:
         """Remember where a run began, when its first forward comes, and how far it is."""
@@ -151,13 +152,13 @@ class Clock:
             return not torch.is_grad_enabled()
         if _counts(scheduler) or getattr(scheduler, "begin_index", None) is not None:
             return True
-        run = scheduler.timesteps
-        if step == 0:  # the noisiest one is dense either way
+        if step == 0 and hasattr(scheduler, "step_index"):  # from the next step on it counts
             return True
+        run = scheduler.timesteps
         if torch.is_grad_enabled() or 2 * ROUNDING * len(run) >= (_training_steps(scheduler) or math.inf):
             return False
-        noted: _Noted = self._noted.get(run) or _Noted(step, step, step)
-        return step == noted.begin or step >= noted.step
+        noted: _Noted | None = self._noted.get(run)
+        return noted is None or step in (0, noted.begin) or step >= noted.step
 
 
 def _calling_pipeline(frame: FrameType | None) -> Any | None:

@@ -44,14 +44,17 @@ class SparseForward(NamedTuple):
     """The sparse calls of one forward.
 
     Attributes:
+        number: of the run's step; where no run is known each forward is one, and it is of how many came before.
         step: what it was to do.
         calls: by module path of the layer.
-        most: False if a cache had the results of more layers than ran: the errors of few layers are not the forward's.
+        mostly_ran: False if a cache had the results of more layers than ran: the errors of few layers are not the
+            forward's.
     """
 
+    number: int
     step: SparseStep
     calls: dict[str, SparseCall]
-    most: bool
+    mostly_ran: bool
 
 
 def _zeros(*names: str) -> dict[str, int]:

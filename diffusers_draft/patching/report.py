@@ -18,7 +18,7 @@ class ForwardReport:
     """One sparse forward.
 
     Attributes:
-        step: of the run.
+        step: of the run; where no run is known, how many forwards came before.
         asked: density by the schedule.
         density: share of the pairs of blocks that was computed, mean of the layers.
         error: mean of the layers; None without probes, or if a cache had the results of more layers than ran.
@@ -185,8 +185,8 @@ def report_on(component: str, attachment: Attachment, components: Components | N
     records, counts, log = tally.records, tally.counts, tuple(tally.log)
     block = attachment.config.block
     last = {path: record.call for path, record in records.items() if record.call}
-    calls = [*last.values(), *(call for forward in log for call in forward.calls.values())]
-    found = dict(zip(map(id, calls), measured(calls, block, attachment.config.probes > 0), strict=True))
+    calls = {id(call): call for of in (last, *(forward.calls for forward in log)) for call in of.values()}
+    found = dict(zip(calls, measured([*calls.values()], block, attachment.config.probes > 0), strict=True))
     of_last = {path: found[id(call)] for path, call in last.items()}
     of_run = [{path: found[id(call)] for path, call in forward.calls.items()} for forward in log]
     facts = next(iter(last.values())).facts.tolist() if last else None
@@ -217,8 +217,8 @@ def report_on(component: str, attachment: Attachment, components: Components | N
 
 def _forward_report(forward: SparseForward, calls: dict[str, Measured]) -> ForwardReport:
     density = _mean([call.density for call in calls.values()])
-    error = _mean_error(call.error for call in calls.values()) if forward.most else None
-    return ForwardReport(forward.step.number, 1 - forward.step.sparsity, density, error)
+    error = _mean_error(call.error for call in calls.values()) if forward.mostly_ran else None
+    return ForwardReport(forward.number, 1 - forward.step.sparsity, density, error)
 
 
 def _bars(values: Iterable[tuple[int, float]]) -> list[str]:

@@ -33,6 +33,7 @@ class _Running(NamedTuple):
     """A forward that is being counted.
 
     Attributes:
+        number: as `SparseForward` has it.
         step: what it is to do, None if it is dense.
         replaced: layers whose processor somebody has replaced.
         run: what it is of.
@@ -40,6 +41,7 @@ class _Running(NamedTuple):
             within.
     """
 
+    number: int
     step: SparseStep | None
     replaced: int
     run: _RunLog
@@ -86,11 +88,12 @@ class Tally:
             self._run = self._runs.setdefault(moment.run, _RunLog())
         elif self._run.step is not None:  # nothing tells where such runs begin: what comes until a known one is one
             self._run = _RunLog()
-        self._running.append(_Running(step, replaced, self._run, around))
+        now = None if moment is None else moment.step
+        number = sum(self.counts.forwards.values()) if now is None else now
+        self._running.append(_Running(number, step, replaced, self._run, around))
         kind = "sparse" if step else "dense"
         self.counts.forwards[kind] += 1
         self.counts.calls["replacement"] += replaced if step else 0
-        now = None if moment is None else moment.step
         if now is None or now != self._run.step:
             self.counts.steps[kind] += 1
         self._run.step = now
@@ -114,8 +117,8 @@ class Tally:
             self.records[path].ran, self.records[path].call = ran, call
         if failed or not forward.step or not calls:
             return None
-        most = len(calls) >= skipped
-        found = SparseForward(forward.step, _of_all_heads(calls, ranks) if ranks else calls, most)
+        left = _of_all_heads(calls, ranks) if ranks else calls
+        found = SparseForward(forward.number, forward.step, left, mostly_ran=len(calls) >= skipped)
         forward.run.forwards.append(found)
         return found
 

@@ -45,14 +45,15 @@ def test_scores_that_are_no_numbers_take_no_own_block_away(budget, wrong):
     assert (kept.sum((-2, -1)) == oracle.number_of_pairs(12, 0.9, budget)).all()
 
 
-@pytest.mark.parametrize("gap", [8, 12, 16, 20, 24, 40, 80])
-def test_the_one_block_that_a_row_looks_at_is_kept_by_value(gap):
+@pytest.mark.parametrize("offset", [10, 1e4])
+@pytest.mark.parametrize("gap", [8, 12, 14, 16, 20, 24, 40, 80])
+def test_the_one_block_that_a_row_looks_at_is_kept_by_value(gap, offset):
     """The output is that block's value up to rounding, and how far it is from it is not known."""
     num_video = 48
     logits = torch.randn(num_video, num_video, generator=torch.Generator().manual_seed(0))
     looked_at = (torch.arange(num_video) + 7) % num_video
     logits[torch.arange(num_video), looked_at] = gap
-    values = torch.randn(1, 1, num_video, 64, generator=torch.Generator().manual_seed(1)) + 10
+    values = torch.randn(1, 1, num_video, 64, generator=torch.Generator().manual_seed(1)) + offset
     scores = value(torch.softmax(logits, -1)[None, None], values)
     kept = select(scores, 0.9, "row", seq_len=num_video * BLOCK, block=BLOCK).to_dense()[0, 0]
     assert kept[torch.arange(num_video), looked_at].all()

@@ -170,7 +170,7 @@ def test_the_latest_forwards_are_remembered(monkeypatch: pytest.MonkeyPatch) -> 
     handle = diffusers_draft.enable_draft_attention(model)
     for timestep in (900, 700, 500, 300, 100):
         run(model, models.wan_inputs(grid=(1, 16, 24), timestep=timestep))
-    assert [forward.step for forward in one(handle).run] == [50, 70, 90]
+    assert [forward.step for forward in one(handle).run] == [2, 3, 4]
     assert one(handle).forwards["sparse"] == 5
 
 
@@ -480,7 +480,8 @@ def test_runs_are_let_go(goal: dict[str, float]) -> None:
     runs = []
     for _ in range(3):
         run_wan(pipe, steps=2)
-        runs.append(weakref.ref(one(handle) and pipe.scheduler.timesteps))
+        one(handle)
+        runs.append(weakref.ref(pipe.scheduler.timesteps))
     gc.collect()
     assert [run() is None for run in runs] == [True, True, False]
 
@@ -498,6 +499,20 @@ def test_forwards_behind_a_run_are_not_of_it() -> None:
     assert len(one(handle).run) == 6
 
 
+@pytest.mark.parametrize("goal", [{"sparsity": 0.5}, {"max_error": 0.2}])
+def test_without_a_known_run_every_forward_is_a_step(goal: dict[str, float]) -> None:
+    model = models.wan()
+    handle = diffusers_draft.enable_draft_attention(model, tile=(1, 4, 4), **goal)
+    for timestep in (900, *[100] * 9):
+        run(model, models.wan_inputs(timestep=timestep))
+    report = one(handle)
+    assert report.steps == {"dense": 0, "sparse": 10} and [forward.step for forward in report.run] == [*range(10)]
+    assert report.density == pytest.approx(sum(forward.density for forward in report.run) / 10)
+    assert report.error.after == pytest.approx(sum(forward.error.after for forward in report.run) / 10)
+    assert 1 - handle.settled_sparsity() == pytest.approx(sum(forward.asked for forward in report.run) / 10)
+    assert report.run[0].density > 1.3 * report.run[1].density
+
+
 def test_runs_that_take_turns_are_counted_apart() -> None:
     """Requests of a server: a report is of the run of the latest forward, with all its steps."""
     counted = tally.Tally(["layer"], 0)
@@ -509,7 +524,7 @@ def test_runs_that_take_turns_are_counted_apart() -> None:
                 counted.records["layer"].ran = "sparse"
                 counted.records["layer"].call = SparseCall(None, empty, empty, empty)
                 counted.end(failed=False, ranks=None)
-    assert [forward.step.number for forward in counted.log] == [0, 0, 1, 1, 2, 2, 3, 3]
+    assert [forward.number for forward in counted.log] == [0, 0, 1, 1, 2, 2, 3, 3]
     assert counted.counts.steps["sparse"] == 8 and counted.counts.forwards["sparse"] == 16
 
 

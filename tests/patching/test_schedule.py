@@ -173,6 +173,33 @@ def test_enabled_in_the_middle_of_a_run() -> None:
     assert seen == [[True, False, False, False]]
 
 
+def test_a_run_that_was_joined_in_the_middle_and_then_repeated() -> None:
+    """With the same timesteps: the mean is then that of all its steps."""
+    transformer, scheduler = models.wan(), DDIMScheduler()
+    loop = Loop(scheduler, transformer=transformer)
+    scheduler.set_timesteps(8)
+    handle = diffusers_draft.enable_draft_attention(loop, 0.8)
+    for first in (4, 0):
+        for timestep in scheduler.timesteps[first:]:
+            wan_forward(transformer, float(timestep))
+        (report,) = handle.report().transformers
+        latest = report.run[first - 8 :]
+        assert [forward.step for forward in latest] == [*range(first, 8)]
+        assert sum(forward.asked for forward in latest) / len(latest) == pytest.approx(0.2)
+
+
+def test_a_training_behind_a_run_is_not_of_it() -> None:
+    """Also at the timestep with which the run began."""
+    transformer, scheduler = models.wan(), DDIMScheduler()
+    handle = diffusers_draft.enable_draft_attention(Loop(scheduler, transformer=transformer))
+    scheduler.set_timesteps(8)
+    for timestep in scheduler.timesteps:
+        wan_forward(transformer, float(timestep))
+    transformer(**models.wan_inputs(1, SMALL, float(scheduler.timesteps[0])))
+    (report,) = handle.report().transformers
+    assert [forward.step for forward in report.run] == [8]
+
+
 @pytest.mark.parametrize(("options", "dense"), [(dict(dense_steps=0.5), 3), (dict(dense_timestep=600), 2), ({}, 0)])
 def test_run_that_begins_late(options: dict[str, float], dense: int) -> None:
     """With a begin index, as pipelines set it for a strength below 1."""

@@ -322,6 +322,18 @@ def test_what_was_measured_before_an_error_is_in_the_record(tmp_path, monkeypatc
     assert names == ["diffusers default", "sdpa", "draft torch"]
 
 
+def test_a_dense_row_that_fails_leaves_those_before_it_in_the_record(tmp_path, monkeypatch) -> None:
+    def one_row(*_: object) -> Iterator[Row]:
+        yield Row("diffusers default", "dense", note="a row")
+        raise torch.OutOfMemoryError("too little memory")
+
+    monkeypatch.setattr(bench, "run_dense", one_row)
+    table = tmp_path / "x.json"
+    with pytest.raises(SystemExit):
+        main([*TINY, "--json", str(table)])
+    assert [row["name"] for row in json.loads(table.read_text())["rows"]] == ["diffusers default"]
+
+
 def test_a_link_stays_a_link(tmp_path: Path) -> None:
     target, link = tmp_path / "target.txt", tmp_path / "link.txt"
     target.write_text("before")

@@ -186,7 +186,7 @@ def work(before: DraftReport | None, after: DraftReport) -> Json:
         old = before.transformers[number] if before else None
         sparse = new.sparse_calls - (old.sparse_calls if old else 0)
         dense = sum(new.dense_calls.values()) - (sum(old.dense_calls.values()) if old else 0)
-        density = fmean(forward.density for forward in new.run) if new.run else 1.0  # what each call computed
+        density = fmean(forward.density for forward in new.run) if new.run else 1.0
         exact_rows = min(1.0, new.config.probes / math.prod(new.grid)) if new.grid else 0.0
         calls += sparse
         kept += sparse * density
