@@ -44,7 +44,7 @@ class SparseForward(NamedTuple):
     """The sparse calls of one forward.
 
     Attributes:
-        number: of the run's step; where no run is known each forward is one, and it is of how many came before.
+        number: of the run's step; where no run is known, how many forwards came before this one.
         step: what it was to do.
         calls: by module path of the layer.
         mostly_ran: False if a cache had the results of more layers than ran: the errors of few layers are not the

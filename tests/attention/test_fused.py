@@ -59,7 +59,7 @@ def test_order_takes_any_strides(dtype: torch.dtype) -> None:
         assert torch.equal(fused.order(view, layout)[0], plain.order(view, layout)[0])
 
 
-@settings(max_examples=15)
+@settings(max_examples=10)
 @given(
     maps=st.tuples(st.integers(1, 2), st.integers(1, 3)),
     num_video=st.integers(1, 40),
@@ -166,7 +166,7 @@ def test_triton_says_why_it_cannot_run(device, dtype, head_dim, block, reason) -
     assert reason in triton_kernel.refusal(torch.device(device), dtype, head_dim, block)
 
 
-@settings(max_examples=15)
+@settings(max_examples=10)
 @given(
     maps=st.tuples(st.integers(1, 2), st.integers(1, 3)),
     num_video=st.integers(1, 80),
