@@ -3,6 +3,7 @@
 import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from typing import TypeVar
 
 from ..attention import kernels
 from ..config import DraftConfig
@@ -11,6 +12,8 @@ from .chart import chart
 from .components import Components, is_in
 from .measured import Error, Measured, measured
 from .records import SparseForward
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -89,10 +92,7 @@ class TransformerReport:
     @property
     def error(self) -> Error | None:
         """Mean error over layers and sparse steps of the latest run; None without probes."""
-        by_step: dict[int, list[Error | None]] = {}
-        for forward in self.run:
-            by_step.setdefault(forward.step, []).append(forward.error)
-        return _mean_error(map(_mean_error, by_step.values()))
+        return _mean_error(map(_mean_error, _by_step((forward.step, forward.error) for forward in self.run)))
 
     @property
     def worst_layer(self) -> str | None:
@@ -232,10 +232,16 @@ def _mean(values: Sequence[float]) -> float:
 
 def _mean_of_steps(values: Iterable[tuple[int, float]]) -> float | None:
     """Compute the mean over steps of the mean over each step's forwards, of which there may be one or several."""
-    by_step: dict[int, list[float]] = {}
+    means = [_mean(found) for found in _by_step(values)]
+    return _mean(means) if means else None
+
+
+def _by_step(values: Iterable[tuple[int, T]]) -> Iterable[list[T]]:
+    """Gather what the forwards of each step have."""
+    found: dict[int, list[T]] = {}
     for step, value in values:
-        by_step.setdefault(step, []).append(value)
-    return _mean([_mean(found) for found in by_step.values()]) if by_step else None
+        found.setdefault(step, []).append(value)
+    return found.values()
 
 
 def _mean_error(errors: Iterable[Error | None]) -> Error | None:
