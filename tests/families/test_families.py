@@ -93,7 +93,7 @@ def _cast(inputs: models.Inputs, dtype: torch.dtype) -> models.Inputs:
     return inputs | {name: value.to(dtype) for name, value in floats.items()}
 
 
-@pytest.mark.parametrize("name", [*TINY])
+@pytest.mark.parametrize("name", TINY)
 def test_latents_without_a_batch_are_refused_by_their_shape(name: str) -> None:
     tiny = TINY[name]
     inputs = tiny.inputs()
@@ -103,8 +103,9 @@ def test_latents_without_a_batch_are_refused_by_their_shape(name: str) -> None:
         pytest.skip("it takes packed latents")
     model = tiny.build()
     enable_draft_attention(model)
-    with pytest.raises(ValueError, match=rf"{latents} must be latents of shape \(B, .*\), got \(\d+, \d+, \d+, \d+\)"):
-        model(**inputs | {latents: found[latents][0]})
+    for wrong in (latents, *(key for key in found if key.startswith("latents_"))):  # the latter are history
+        with pytest.raises(ValueError, match=rf"{wrong} must be latents of shape \(B, .*\), got \(\d+(, \d+){{3}}\)"):
+            model(**inputs | {wrong: found[wrong][0]})
     forward(model, inputs)
 
 

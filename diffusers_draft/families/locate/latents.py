@@ -69,10 +69,9 @@ def history(inputs: Inputs, name: str, patch: Sequence[int], coarseness: int) ->
         patch: `(t, h, w)` patch size of the video.
         coarseness: factor on the patch size. Above 1, upstream pads the latents to whole patches.
     """
-    latents, indices = inputs.get(name), inputs.get(f"indices_{name}")
-    if latents is None or indices is None:
+    if inputs.get(name) is None or inputs.get(f"indices_{name}") is None:
         return 0
-    sizes = latents.shape[2:]
+    sizes = latents_shape(inputs, "B, C, F, H, W", name)[2:]
     if coarseness == 1:
         return math.prod(patched(sizes, patch))
     return math.prod(-(-size // (side * coarseness)) for size, side in zip(sizes, patch, strict=True))
